@@ -1,0 +1,192 @@
+"""Documents for ranking, healing and loss: local files or C4, tokenised one by one, batched by length."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from layerprune.model.errors import Refused, UsageError
+
+C4_ID = "allenai/c4"
+C4_REVISION = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+C4_SHARDS = {"train": 1024, "validation": 8}
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Documents of similar length, padded on the right (or the left) to one.
+
+    ids_BT: int64 token ids. mask_BT: 1 on real tokens; None where nothing is padded.
+    rows: each row's index in the list that was batched.
+    """
+
+    ids_BT: Any
+    mask_BT: Any
+    rows: tuple[int, ...]
+
+
+def read_documents(data: str, split: str, samples: int | None, seed: int = 0) -> list[str]:
+    """Draw `samples` documents (all where None) from a file or from C4, in an order that only `seed` decides.
+
+    data: a JSONL file with a `text` field, or plain text with a blank line between documents; plain, .gz or
+    .zst; or `c4` for allenai/c4 `en` at a pinned revision, `split` being `train` or `validation`.
+    From C4 the documents are drawn from as few shards as hold them, the shards in an order of `seed`.
+    Raises Refused for a file that is missing, empty or broken, and for a C4 that cannot be reached.
+    """
+    rng = random.Random(seed)
+    if data == "c4":
+        found: list[str] = []
+        shards = list(range(C4_SHARDS[split]))
+        rng.shuffle(shards)
+        for shard in shards:
+            path = _c4_shard(split, shard)
+            documents = list(_json_lines(path))
+            rng.shuffle(documents)
+            found += documents
+            if samples is not None and len(found) >= samples:
+                break
+        return found[:samples]
+    path = Path(data).expanduser()
+    documents = list(_local_documents(path))
+    if not documents:
+        raise Refused(f"{path} holds no documents")
+    if samples is not None and samples < len(documents):
+        chosen = sorted(rng.sample(range(len(documents)), samples))
+        return [documents[i] for i in chosen]
+    return documents
+
+
+def check_data(data: str, option: str) -> None:
+    """Refuse a data file that is not there, before anything expensive starts."""
+    if data != "c4" and not Path(data).expanduser().is_file():
+        raise UsageError(f"{option} {data} is neither 'c4' nor an existing file")
+
+
+def data_fingerprint(data: str) -> str:
+    """What identifies the data in a manifest: the C4 revision, or the file's SHA-256."""
+    if data == "c4":
+        return f"{C4_ID}@{C4_REVISION}"
+    with open(Path(data).expanduser(), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _c4_shard(split: str, shard: int) -> Path:
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = f"en/c4-{split}.{shard:05d}-of-{C4_SHARDS[split]:05d}.json.gz"
+    last: Exception | None = None
+    for _attempt in range(3):
+        try:
+            return Path(hf_hub_download(C4_ID, name, repo_type="dataset", revision=C4_REVISION))
+        except LocalEntryNotFoundError as error:
+            why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+            raise Refused(f"C4 ({name}) is not in the local Hub cache and {why}: give a local file instead of c4") from error
+        except (HfHubHTTPError, OSError) as error:
+            # A connection cut in mid-shard: the next attempt goes on where the partial file ends.
+            last = error
+    raise Refused(f"C4 ({name}) could not be downloaded: {last}")
+
+
+def _open(path: Path) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    if path.suffix in (".zst", ".zstd"):
+        import zstandard
+
+        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(open(path, "rb")), encoding="utf-8")
+    return open(path, encoding="utf-8")
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    import zstandard
+
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    text = json.loads(line)["text"]
+                    if not isinstance(text, str):
+                        raise TypeError
+                    if text.strip():
+                        yield text
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise Refused(f"line {number} of {path} is not a JSON object with a `text` string") from None
+    except (EOFError, OSError, zstandard.ZstdError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} cannot be read: {error or 'truncated'}") from error
+
+
+def _local_documents(path: Path) -> Iterator[str]:
+    """Documents of a local file; a first line that is a JSON object makes it JSONL, else it is plain text."""
+    import zstandard
+
+    if not path.is_file():
+        raise Refused(f"the data file {path} does not exist")
+    try:
+        with _open(path) as file:
+            head = next((line for line in file if line.strip()), "")
+        if head.lstrip().startswith("{") or ".json" in path.name:
+            yield from _json_lines(path)
+            return
+        paragraph: list[str] = []
+        with _open(path) as file:
+            for line in file:
+                if line.strip():
+                    paragraph.append(line)
+                elif paragraph:
+                    yield "".join(paragraph).strip()
+                    paragraph = []
+        if paragraph:
+            yield "".join(paragraph).strip()
+    except (EOFError, OSError, zstandard.ZstdError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} cannot be read as text: {error or 'truncated'}") from error
+
+
+def tokenise(tokenizer: Any, documents: Sequence[str], length: int, at_least: int = 1) -> list[list[int]]:
+    """Token ids of each document, with the tokenizer's own special tokens, truncated at `length` tokens.
+
+    Documents of fewer than `at_least` tokens are left out; Refused when none remains.
+    """
+    kept = []
+    for start in range(0, len(documents), 1024):
+        part = list(documents[start : start + 1024])
+        kept += [ids[:length] for ids in tokenizer(part, truncation=True, max_length=length)["input_ids"]]
+    kept = [ids for ids in kept if len(ids) >= at_least]
+    if not kept:
+        raise Refused(f"all {len(documents)} documents are shorter than {at_least} tokens: nothing can be measured on them")
+    return kept
+
+
+def batches(
+    sequences: Sequence[Sequence[int]], max_tokens: int, pad_id: int = 0, padding_side: str = "right"
+) -> list[TokenBatch]:
+    """Group sequences by length, longest first, into batches of at most `max_tokens` tokens, padding included.
+
+    Sorting keeps padding small, and the largest batch comes first: what does not fit fails at once.
+    """
+    import torch
+
+    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
+    made: list[TokenBatch] = []
+    at = 0
+    while at < len(order):
+        width = len(sequences[order[at]])
+        rows = order[at : at + max(1, max_tokens // width)]
+        at += len(rows)
+        ids_BT = torch.full((len(rows), width), pad_id, dtype=torch.long)
+        mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
+        for b, row in enumerate(rows):
+            ids = torch.tensor(sequences[row], dtype=torch.long)
+            where = slice(width - len(ids), width) if padding_side == "left" else slice(0, len(ids))
+            ids_BT[b, where] = ids
+            mask_BT[b, where] = 1
+        made.append(TokenBatch(ids_BT, None if bool(mask_BT.all()) else mask_BT, tuple(rows)))
+    return made
