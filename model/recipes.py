@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,18 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that estimates need before anything is loaded."""
+    """Sizes that estimates need before anything is loaded.
+
+    `parameters` counts the whole model, tied embeddings once. `layer_parameters` is the mean of one layer and
+    `mlp` the width inside its MLP; where a recipe leaves them out, estimates approximate them.
+    """
 
     layers: int
     hidden: int
     vocab: int
     parameters: int
+    layer_parameters: int | None = None
+    mlp: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def load_recipe(name: str) -> Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Read one recipe file and report all of its faults at once (Refused)."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _NoRepeats)
     except FileNotFoundError:
         raise UsageError(f"the recipe file {path} does not exist") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -114,6 +120,19 @@ def read_recipe(path: Path) -> Recipe:
     if recipe is None:
         raise Refused(f"{path} has {len(faults)} fault{'s' * (len(faults) != 1)}: " + "; ".join(faults))
     return recipe
+
+
+class _NoRepeats(yaml.SafeLoader):
+    """YAML in which a setting that is written twice is a fault; plain YAML lets the last one win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"{key.value!r} is set twice, the second time on line {line}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def check_recipe(raw: Any, path: Path) -> tuple[Recipe | None, list[str]]:
@@ -137,16 +156,50 @@ def check_recipe(raw: Any, path: Path) -> tuple[Recipe | None, list[str]]:
     if origin not in ("paper", "ours"):
         faults.append(f"origin: {origin!r} is neither 'paper' nor 'ours'")
     curve = raw.get("curve", [0.1, 0.2, 0.3, 0.5])
-    if not isinstance(curve, list) or not all(isinstance(f, int | float) and 0 < f < 1 for f in curve):
+    if not isinstance(curve, list) or not all(isinstance(f, float) and 0 < f < 1 for f in curve):
         faults.append(f"curve: {curve!r} is not a list of fractions between 0 and 1")
         curve = []
+    for key in ("task_folder", "note"):
+        if not isinstance(raw.get(key, ""), str | None):
+            faults.append(f"{key}: {raw[key]!r} is not text")
+    faults += _missing_files(raw, path) + _contradictions(sections)
     if faults:
         return None, faults
     extra = {k: raw[k] for k in ("task_folder", "note") if raw.get(k) is not None}
     return Recipe(name=path.stem, model=str(model), origin=str(origin), curve=tuple(curve), file=path, **extra, **sections), []
 
 
-_POSITIVE = {"layers", "hidden", "vocab", "parameters", "samples", "length", "lora_rank", "steps", "batch_size", "limit"}
+def _missing_files(raw: dict[Any, Any], path: Path) -> list[str]:
+    """Files and folders that the recipe names relative to itself (`./...`) and that are not there."""
+    named = {"task_folder": raw.get("task_folder")}
+    for section in ("rank", "heal", "eval"):
+        if isinstance(raw.get(section), dict):
+            named[f"{section}.data"] = raw[section].get("data")
+    return [
+        f"{key}: {value} does not exist beside the recipe"
+        for key, value in named.items()
+        if isinstance(value, str) and value.startswith("./") and not (path.parent / value).exists()
+    ]
+
+
+def _contradictions(sections: dict[str, Any]) -> list[str]:
+    """Settings that are fine one by one and make no sense together."""
+    faults = []
+    heal, shape = sections["heal"], sections["shape"]
+    if heal is not None and heal.warmup_steps >= heal.steps:
+        faults.append(f"heal.warmup_steps: {heal.warmup_steps} leaves none of the {heal.steps} steps")
+    if shape is not None and shape.layers * (shape.layer_parameters or 0) > shape.parameters:
+        faults.append(
+            f"shape.layer_parameters: {shape.layers} layers of {shape.layer_parameters:,} are more than the "
+            f"model's {shape.parameters:,} parameters"
+        )
+    return faults
+
+
+_POSITIVE = {
+    "layers", "hidden", "vocab", "parameters", "layer_parameters", "mlp",
+    "samples", "length", "lora_rank", "steps", "batch_size", "limit",
+}  # fmt: skip
 
 
 def _section(name: str, raw: Any, kind: Any, faults: list[str]) -> Any:
@@ -172,7 +225,8 @@ def _section(name: str, raw: Any, kind: Any, faults: list[str]) -> Any:
             faults.append(f"{name}.{key}: {fault}")
         values[str(key)] = tuple(value) if key == "targets" and isinstance(value, list) else value
     if name == "shape":
-        faults.extend(f"shape.{key}: missing" for key in sorted(known - set(values)))
+        required = {f.name for f in fields(kind) if f.default is MISSING}
+        faults.extend(f"shape.{key}: missing" for key in sorted(required - set(values)))
     return kind(**values) if len(faults) == before else None
 
 

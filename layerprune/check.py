@@ -1,0 +1,112 @@
+"""Check a recipe without loading anything: all faults at once, then what a run will need."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from layerprune.model.errors import UsageError
+from layerprune.model.estimate import DEVICES, estimate, shape_of_checkpoint
+from layerprune.model.recipes import Recipe, load_recipe, read_recipe
+
+
+def check_recipe_file(name_or_path: str | Path, drop: float = 0.4, device: str = "h100") -> dict[str, Any]:
+    """Check a recipe (its name, a YAML file, or a local checkpoint folder) and estimate a run of it.
+
+    drop: the fraction of layers to drop. device: `h100` or `cpu`, whose rate gives the hours.
+    Returns what `format_check` prints; sizes in bytes. Raises Refused with every fault of the recipe,
+    UsageError for a name that is no recipe and for a fraction that drops no or all layers.
+    """
+    if device not in DEVICES:
+        raise UsageError(f"{device!r} is no device of the estimates: use {' or '.join(DEVICES)}")
+    recipe, stored_bytes = _find(str(name_or_path))
+    found = estimate(recipe, drop, DEVICES[device], stored_bytes)
+    return {
+        "recipe": recipe.name,
+        "model": recipe.model,
+        "origin": recipe.origin,
+        "note": recipe.note,
+        "shape": asdict(recipe.shape),
+        "drop": drop,
+        "device": DEVICES[device].name,
+        "heal": {"length": recipe.heal.length or 2048, "batch_size": recipe.heal.batch_size},
+        **asdict(found),
+    }
+
+
+def _find(name: str) -> tuple[Recipe, float]:
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        return read_recipe(path), 2.0
+    if path.is_dir() and (path / "config.json").exists():
+        shape, stored_bytes = shape_of_checkpoint(path)
+        note = "A local checkpoint: sizes are counted in its files, settings are the defaults."
+        return Recipe(
+            name=path.resolve().name, model=name, origin="ours", shape=shape, note=note
+        ), stored_bytes
+    recipe = load_recipe(name)
+    if recipe.local_folder is not None:
+        return recipe, shape_of_checkpoint(recipe.local_folder)[1]
+    return recipe, 2.0
+
+
+def format_check(checked: dict[str, Any]) -> str:
+    """The result of `check_recipe_file` as a page of text."""
+    shape, disk = checked["shape"], checked["disk"]
+    whose = "the paper's settings" if checked["origin"] == "paper" else "settings of ours"
+    about = "" if checked["exact"] else "about "
+    left = checked["kept_parameters"]
+    lines = [
+        f"{checked['recipe']}: {checked['model']}, {whose}, no fault found",
+        f"{shape['layers']} layers, hidden size {shape['hidden']:,}, vocabulary {shape['vocab']:,}, "
+        f"{_count(shape['parameters'])} parameters",
+        f"--drop {checked['drop']:g} drops {checked['dropped']} layers and keeps {checked['kept']}: "
+        f"{about}{_count(left)} parameters ({left / shape['parameters']:.0%})",
+    ]
+    if checked["note"]:
+        lines += ["", "Note: " + " ".join(checked["note"].split())]
+    lines += [
+        "",
+        f"{'step':<12}{'documents':>11}{'tokens':>11}{'steps':>9}{'PFLOP':>11}{'hours':>9}{'memory':>11}",
+    ]
+    for step in checked["steps"]:
+        lines.append(
+            f"{step['name']:<12}{step['documents']:>11,}{_count(step['tokens']):>11}{step['steps']:>9,}"
+            f"{_round(step['flops'] / 1e15):>11}{_round(step['hours']):>9}{size(step['memory']):>11}"
+        )
+    parts = ", ".join(f"{name} {size(amount)}" for name, amount in disk.items() if amount)
+    lines += ["", f"disk {size(sum(disk.values()))}: {parts}", ""]
+    lines += [
+        f"Hours on one {checked['device']}. Healing memory: NF4, gradient checkpointing, one sequence of "
+        f"{checked['heal']['length']:,} tokens at a time.",
+        "Loss and tasks are for one evaluation of the pruned model; the unpruned one takes "
+        f"{shape['parameters'] / left:.1f} times as long.",
+    ]
+    if checked["unknown_tasks"]:
+        lines.append(f"Not estimated: the tasks {', '.join(checked['unknown_tasks'])}.")
+    return "\n".join(lines)
+
+
+def size(amount: float) -> str:
+    """Bytes for people: `138 GB`, `1.5 GB`, `42 MB` (decimal units)."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if amount >= factor:
+            return f"{_round(amount / factor)} {unit}"
+    return f"{amount / 1e3:.0f} kB"
+
+
+def _count(amount: float) -> str:
+    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if amount >= factor:
+            return f"{amount / factor:.2f} {unit}" if unit != "M" else f"{amount / factor:.1f} {unit}"
+    return f"{amount:,.0f}"
+
+
+def _round(amount: float) -> str:
+    """Three digits where they matter: 1,234 or 123 or 12.3 or 1.2 or 0.12 or `<0.01`."""
+    if amount >= 9.95:
+        return f"{amount:,.0f}"
+    if amount >= 0.995:
+        return f"{amount:.1f}"
+    return f"{amount:.2f}" if amount >= 0.005 else "<0.01"
