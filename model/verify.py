@@ -1,0 +1,110 @@
+"""Proof that a written checkpoint is the cut of its source: keys, bytes, layers, logits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerprune.model.cuts import Kept
+from layerprune.model.decoder import Decoder, forward_logits, view_decoder, virtual_cut
+from layerprune.model.errors import Refused
+from layerprune.model.source import auto_class, check_keys, layer_count, load_config, load_model, one_line, quiet_transformers
+from layerprune.model.surgery import prove_config
+from layerprune.model.tensors import StoredTensor, read_checkpoint
+
+_CHUNK = 8 << 20
+
+
+def meta_decoder(folder: Path, trust_remote_code: bool = False) -> Decoder:
+    """Load a checkpoint's keys, not its weights: transformers' own loader on the meta device.
+
+    Raises Refused when a key is missing or left over, or a shape contradicts the config.
+    """
+    quiet_transformers()
+    config = load_config(folder, trust_remote_code)
+    stored = read_checkpoint(folder)
+    try:
+        model, info = auto_class(config).from_pretrained(
+            folder, device_map={"": "meta"}, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except ImportError as error:
+        raise Refused(f"{folder} needs a package that is not installed to be read: {one_line(error)}") from error
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        raise Refused(f"transformers cannot read {folder}: {one_line(error)}") from error
+    check_keys(folder, info, layer_count(config), len(stored))
+    return view_decoder(model)
+
+
+def prove_structure(source: Path, result: Path, kept: Kept, trust_remote_code: bool = False) -> None:
+    """Both load without a missing or unexpected key, and every kept layer is built like the one it came from."""
+    prove_config(meta_decoder(source, trust_remote_code), meta_decoder(result, trust_remote_code), kept)
+
+
+def prove_bytes(source: Mapping[str, StoredTensor], result: Path, renamed: Mapping[str, str]) -> None:
+    """Every tensor of `result` has dtype, shape and every byte of the tensor it came from."""
+    written = read_checkpoint(result)
+    if set(written) != set(renamed.values()):
+        odd = min(set(written) ^ set(renamed.values()))
+        raise Refused(f"the written checkpoint is wrong: {odd} is in the plan or in the file, not in both")
+    for old, new in renamed.items():
+        a, b = source[old], written[new]
+        if (a.dtype, a.shape) != (b.dtype, b.shape) or not _same_bytes(a, b):
+            raise Refused(f"the written checkpoint is wrong: {new} is not {old} of the source")
+
+
+def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
+    with open(a.file, "rb") as left, open(b.file, "rb") as right:
+        for at in range(0, a.nbytes, _CHUNK):
+            size = min(_CHUNK, a.nbytes - at)
+            if os.pread(left.fileno(), size, a.begin + at) != os.pread(right.fileno(), size, b.begin + at):
+                return False
+    return True
+
+
+def logits_check_dtype(source: Mapping[str, StoredTensor]) -> str | None:
+    """The dtype in which a checkpoint fits in 60 % of the free memory: float32, else its own, else None."""
+    free = 0.6 * _available_memory()
+    if 4 * sum(t.numel for t in source.values()) < free:
+        return "float32"
+    own = {t.dtype for t in source.values()}
+    if sum(t.nbytes for t in source.values()) < free and own <= {"BF16"}:
+        return "bfloat16"
+    return None
+
+
+def _available_memory() -> int:
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 0
+
+
+def prove_logits(source: Path, result: Path, kept: Kept, dtype: str, trust_remote_code: bool = False) -> None:
+    """On the CPU, the result's logits on a few tokens equal those of the virtually cut source, bit for bit."""
+    import torch
+
+    expected = _probe_logits(source, kept, dtype, trust_remote_code)
+    found = _probe_logits(result, None, dtype, trust_remote_code)
+    if not torch.equal(expected, found):
+        worst = (expected.float() - found.float()).abs().max().item()
+        raise Refused(
+            f"the written checkpoint is wrong: its logits differ from the cut source by up to {worst:.3g} ({dtype} on "
+            "the CPU); this model depends on layer positions in a way that its config does not show"
+        )
+
+
+def _probe_logits(folder: Path, kept: Kept | None, dtype: str, trust_remote_code: bool) -> Any:
+    import torch
+
+    model = load_model(folder, device="cpu", dtype=dtype, trust_remote_code=trust_remote_code)
+    decoder = view_decoder(model)
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids_BT = torch.randint(0, vocab, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), virtual_cut(decoder, tuple(range(len(decoder))) if kept is None else kept):
+        return forward_logits(decoder, ids_BT)

@@ -1,0 +1,220 @@
+"""Angular distance of every block from one pass over the data (arXiv 2403.17887, section 3.2)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from layerprune.model.errors import Refused, UsageError
+from layerprune.model.files import must_not_exist, read_json, write_json
+
+
+def angles_L1L1(states_LD: Any) -> Any:
+    """Angular distance between all pairs of states: arccos(cosine) / pi, in [0, 1].
+
+    states_LD: (..., L+1, D). Returns float64 (..., L+1, L+1): 0 for the same direction, 0.5 for orthogonal, 1 for
+    opposite; unchanged when a state is scaled. Computed as 2 atan2(|u-v|, |u+v|) of unit vectors, which keeps its
+    precision where arccos of a float cosine near 1 does not.
+    """
+    import torch
+
+    unit = states_LD.double()
+    unit = unit / unit.norm(dim=-1, keepdim=True)
+    exact = "donot_use_mm_for_euclid_dist"  # the matrix-product form would cancel for nearby states
+    apart = torch.cdist(unit, unit, compute_mode=exact)
+    along = torch.cdist(unit, -unit, compute_mode=exact)
+    return 2 * torch.atan2(apart, along) / math.pi
+
+
+class DistanceSum:
+    """Accumulates angular distances over samples; the mean is taken once, at the end.
+
+    `update` takes (B, L+1, D) states of last tokens, `distances` gives the triangle of rank.json.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.samples = 0
+        self.total: Any = None
+
+    def update(self, states_BLD: Any) -> None:
+        angles = angles_L1L1(states_BLD).sum(dim=0).cpu()
+        self.total = angles if self.total is None else self.total + angles
+        self.samples += states_BLD.shape[0]
+
+    def distances(self) -> list[list[float]]:
+        """Row n-1 (n = 1..L-1) holds the mean distance d(x^(l), x^(l+n)) for l = 0..L-n."""
+        mean = self.total / self.samples
+        return [[mean[l, l + n].item() for l in range(self.layers - n + 1)] for n in range(1, self.layers)]  # noqa: E741
+
+
+def best_starts(distance: list[list[float]]) -> dict[str, int]:
+    """For every n the start l*(n) of the block with the smallest distance; the lowest start on ties."""
+    return {str(n): row.index(min(row)) for n, row in enumerate(distance, 1)}
+
+
+def last_token_states(decoder: Any, batch: Any) -> Any:
+    """States of each row's last real token at all depths: (B, L+1, D), x^(L) before the final norm.
+
+    Only these vectors are kept: (L+1) x D numbers a sample, whatever its length.
+    """
+    import torch
+
+    from layerprune.model.decoder import walk_states
+
+    rows, width = batch.ids_BT.shape
+    last = torch.full((rows,), width - 1)
+    if batch.mask_BT is not None:
+        last = width - 1 - batch.mask_BT.flip(1).argmax(1)
+    picked: list[Any] = []
+
+    def see(layer: int, states_BTD: Any) -> None:
+        device = states_BTD.device
+        picked.append(states_BTD[torch.arange(rows, device=device), last.to(device)])
+
+    walk_states(decoder, batch.ids_BT, batch.mask_BT, see)
+    device = picked[0].device
+    return torch.stack([p.to(device) for p in picked], dim=1)
+
+
+def rank_decoder(
+    decoder: Any,
+    sequences: list[list[int]],
+    *,
+    max_tokens: int | None = None,
+    pad_id: int = 0,
+    padding_side: str = "right",
+    progress: Callable[[int], None] = lambda rows: None,
+) -> list[list[float]]:
+    """Distances of all blocks of a live decoder over tokenised samples: the triangle of rank.json.
+
+    One forward pass without the head. Raises Refused when a state is not finite or is the zero vector.
+    """
+    import torch
+
+    from layerprune.model.data import batches
+
+    if max_tokens is None:
+        max_tokens = 16384 if decoder.device.type != "cpu" else 2048
+    total = DistanceSum(len(decoder))
+    for batch in batches(sequences, max_tokens, pad_id, padding_side):
+        states = last_token_states(decoder, batch)
+        sizes = states.double().norm(dim=-1)
+        bad = ~torch.isfinite(sizes) | (sizes == 0)
+        if bad.any():
+            depth = int(bad.any(0).nonzero()[0])
+            what = "zero" if (sizes[:, depth] == 0).any() else "not a number"
+            where = "the embedding" if depth == 0 else f"layer {depth - 1}"
+            raise Refused(
+                f"the activations after {where} are {what}: the weights are broken or overflow in this dtype "
+                "(try --dtype float32)"
+            )
+        total.update(states)
+        progress(len(batch.rows))
+    return total.distances()
+
+
+def rank_blocks(
+    model: str | Path,
+    *,
+    data: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Rank all blocks of a model by angular distance, in one pass over the data.
+
+    model: recipe name, Hub id or folder. Options left at None come from the model's recipe, else: C4 validation,
+    256 samples, 2048 tokens or the model's context. Returns (and writes to `out`) the content of rank.json:
+    `layers` L; `distance`, row n-1 for n = 1..L-1 with d for start l = 0..L-n, in [0, 1] (0: the block turns the
+    state of the last token by nothing); `best` {n: start}; `settings`.
+    Raises UsageError or Refused (model, data, device, activations that are not finite).
+    """
+    from layerprune.model.data import check_data
+    from layerprune.model.decoder import view_decoder
+    from layerprune.model.source import find_model, load_model, load_tokenizer
+
+    if out is not None:
+        must_not_exist(Path(out))
+    source = find_model(str(model))
+    settings = rank_settings(source, data, samples, length)
+    check_data(settings["data"], "--calibration")
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    result = rank_live(view_decoder(live), tokenizer, settings, seed=seed, progress=progress)
+    if out is not None:
+        write_json(Path(out), result)
+    return result
+
+
+def rank_settings(source: Any, data: str | None, samples: int | None, length: int | None) -> dict[str, Any]:
+    """The data settings of a ranking: what the user gave, else the recipe's, else the defaults."""
+    from layerprune.model.recipes import RankSettings
+
+    base = source.recipe.rank if source.recipe else RankSettings()
+    if samples is not None and samples < 1:
+        raise UsageError(f"--samples {samples} is not a number above 0")
+    default = source.recipe.data_path(base.data) if source.recipe else base.data
+    return {"data": data or default, "samples": samples or base.samples, "length": length or base.length}
+
+
+def rank_live(
+    decoder: Any, tokenizer: Any, settings: dict[str, Any], *, seed: int = 0, progress: bool = False
+) -> dict[str, Any]:
+    """`rank_blocks` for a model that is loaded already; settings as `rank_settings` gives them."""
+    from tqdm import tqdm
+
+    from layerprune.model.data import data_fingerprint, read_documents, tokenise
+    from layerprune.model.source import pick_length
+
+    config = decoder.model.config
+    length = pick_length(settings["length"], config)
+    documents = read_documents(settings["data"], "validation", settings["samples"], seed)
+    sequences = tokenise(tokenizer, documents, length)
+    started = time.perf_counter()
+    with tqdm(total=len(sequences), desc="rank", unit="doc", disable=not progress) as bar:
+        distance = rank_decoder(decoder, sequences, pad_id=tokenizer.pad_token_id or 0, progress=bar.update)
+    return {
+        "layers": len(decoder),
+        "distance": distance,
+        "best": best_starts(distance),
+        "settings": {
+            **settings,
+            "data_fingerprint": data_fingerprint(settings["data"]),
+            "length": length,
+            "documents": len(sequences),
+            "tokens": sum(map(len, sequences)),
+            "seed": seed,
+            "dtype": str(decoder.model.dtype).removeprefix("torch."),
+            "device": str(decoder.device),
+            "token": "last real token of each document",
+        },
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def read_ranking(path: str | Path, layers: int | None = None) -> dict[str, Any]:
+    """Read rank.json; Refused when it is none, UsageError when it ranks another number of layers."""
+    ranking = read_json(Path(path))
+    rows = ranking.get("distance") if isinstance(ranking, dict) else None
+    found = ranking.get("layers") if isinstance(ranking, dict) else None
+    whole = (
+        isinstance(found, int)
+        and isinstance(rows, list)
+        and len(rows) == found - 1
+        and all(isinstance(r, list) and len(r) == found - n + 1 for n, r in enumerate(rows, 1))
+        and all(isinstance(d, int | float) and 0 <= d <= 1 for r in rows for d in r)
+    )
+    if not whole:
+        raise Refused(f"{path} is not a ranking written by `layerprune rank`")
+    if layers is not None and found != layers:
+        raise UsageError(f"{path} ranks a model of {found} layers, this one has {layers}")
+    return ranking
