@@ -1,0 +1,308 @@
+"""lm-eval tasks: find them, load them, score a live model on them, and put `acc` into rows."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import logging
+import math
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerprune.model.errors import Refused, UsageError
+from layerprune.model.source import one_line
+
+ACCURACIES = ("acc", "exact_match", "em")
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Loaded lm-eval tasks, ready to score any number of models.
+
+    names: what was asked for; members: the tasks (leaves) of each name; groups: those names that lm-eval aggregates.
+    """
+
+    names: tuple[str, ...]
+    members: dict[str, tuple[str, ...]]
+    loaded: dict[str, Any]
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        return self.loaded["tasks"]
+
+
+def load_tasks(
+    tasks: Mapping[str, int | None], task_folder: Path | str | None = None, seed: int = 0
+) -> TaskSet:
+    """Load tasks, groups or tags by lm-eval name; each maps to its in-context examples, None being the task's own.
+
+    A task that fixes 0 examples in its own file keeps them, as in lm-eval. When the local folder has all of the
+    names, lm-eval's thousands of task files are not read. Raises UsageError for an unknown name and a folder without
+    tasks, Refused where a data set cannot be had. `seed` 0 stands for the default seeds of lm-eval's command line.
+    """
+    manager = _manager(tuple(tasks), None if task_folder is None else Path(task_folder))
+    unknown = [name for name in tasks if name not in manager.task_index]
+    if unknown:
+        names = manager.all_tasks
+        near = [n for name in unknown for n in difflib.get_close_matches(name, names, n=3, cutoff=0.6)]
+        few = f"the folder has {', '.join(names)}" if len(names) < 20 else "`lm-eval ls tasks` lists all tasks"
+        hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else few
+        raise UsageError(f"lm-eval knows no task {', '.join(unknown)}; {hint}")
+    set_seeds(seed)
+    members: dict[str, tuple[str, ...]] = {}
+    merged: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name, shots in tasks.items():
+        found = _load_one(manager, name)
+        twice = sorted(set(found["tasks"]) & set(merged["tasks"]))
+        if twice:
+            raise UsageError(f"task {twice[0]} is asked for twice: it is part of {name} and of another of the tasks")
+        for key, task in found["tasks"].items():
+            _check_task(key, task)
+            own = task.get_config("num_fewshot")
+            task.set_config(key="num_fewshot", value=(own or 0) if shots is None or own == 0 else shots)
+        members[name] = tuple(found["tasks"])
+        for part in merged:
+            merged[part].update(found.get(part, {}))
+    return TaskSet(tuple(tasks), members, merged)
+
+
+def _load_one(manager: Any, name: str) -> dict[str, Any]:
+    import httpx
+    from datasets.exceptions import DatasetsError
+
+    try:
+        with _quiet():
+            return manager.load([name])
+    except (OSError, ValueError, DatasetsError, httpx.HTTPError) as error:
+        raise Refused(
+            f"the data set of task {name} cannot be loaded: {one_line(error)}; it has to be in the local cache, "
+            "a local file, or within reach of the network"
+        ) from error
+
+
+def _check_task(name: str, task: Any) -> None:
+    if getattr(task, "UNSAFE_CODE", False):
+        raise Refused(f"task {name} runs code that the model writes: run it with lm-eval itself, in a sandbox")
+    if getattr(task, "MULTIMODAL", False):
+        raise Refused(f"task {name} needs images or sound: layerprune evaluates text only")
+
+
+def _manager(names: tuple[str, ...], folder: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    if folder is None:
+        return _all_tasks()
+    if not folder.is_dir():
+        raise UsageError(f"the task folder {folder} does not exist")
+    with _quiet():
+        local = TaskManager(include_path=folder, include_defaults=False)
+        if not local.all_tasks:
+            raise UsageError(f"the task folder {folder} has no tasks: no .yaml file in it has a `task:` or `group:` key")
+        if all(_is_complete(local.task_index, name) for name in names):
+            return local
+        return TaskManager(include_path=folder)
+
+
+@functools.cache
+def _all_tasks() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        return TaskManager()  # reads every task file that lm-eval has: 7 s
+
+
+def _is_complete(index: Mapping[str, Any], name: str) -> bool:
+    """Whether a name, and for a group all of its members, are in the index."""
+    if name not in index:
+        return False
+    members = (index[name].cfg or {}).get("task")
+    if not isinstance(members, list):
+        return True
+    inner = [m if isinstance(m, str) else m.get("group") or m.get("task") for m in members]
+    return all(isinstance(m, str) and m != name and _is_complete(index, m) for m in inner)
+
+
+def lm_eval_seeds(seed: int) -> tuple[int, int, int, int]:
+    """Seeds of random, numpy, torch and the choice of examples: 0 is the default of lm-eval's command line, any other
+    number is its `--seed N`."""
+    return (0, 1234, 1234, 1234) if seed == 0 else (seed,) * 4
+
+
+def set_seeds(seed: int) -> None:
+    import numpy
+    import torch
+
+    python, numbers, tensors, _ = lm_eval_seeds(seed)
+    random.seed(python)
+    numpy.random.seed(numbers)
+    torch.manual_seed(tensors)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval's log below errors is dropped, and what it prints goes to stderr."""
+    log = logging.getLogger("lm_eval")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        log.setLevel(before)
+
+
+def run_harness(
+    model: Any,
+    tokenizer: Any,
+    tasks: TaskSet,
+    *,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[dict[str, Any], int]:
+    """lm-eval's own result dictionary, samples included, and the number of prompts cut to the model's context."""
+    from lm_eval.evaluator import evaluate
+
+    from layerprune.eval.harness import LiveModel
+
+    set_seeds(seed)
+    for task in tasks.tasks.values():
+        task.set_fewshot_seed(seed=lm_eval_seeds(seed)[3])
+    training = model.training
+    try:
+        with _quiet():
+            lm = LiveModel(model, tokenizer, batch_size, progress)
+            found = evaluate(lm=lm, task_dict=tasks.loaded, limit=limit, log_samples=True)
+    finally:
+        model.train(training)
+    return found, lm.truncated
+
+
+def score_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, int | None] | TaskSet,
+    *,
+    task_folder: Path | str | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    samples: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Score a live model (it may be virtually cut) on lm-eval tasks; the numbers are those of lm-eval's command line.
+
+    tasks: names to in-context examples (None: the task's own), or a TaskSet, which saves loading for the next model.
+    limit: the first items of each task only. batch_size: rows a batch; None lets tokens and memory decide; the
+    results do not depend on it beyond rounding. progress: a bar on stderr.
+
+    Returns results (every metric of lm-eval, for tasks and groups), versions, n_samples, num_fewshot, truncated
+    (prompts cut on the left to the model's context) and table: a row for each name and metric shown, with value,
+    stderr, n, shots, chance (1 / choices) and majority (share of the most frequent answer; two choices only), None
+    where unknown. With `samples`, also correct: for each task 1 or 0 an item, in the order of the data set.
+    """
+    ready = tasks if isinstance(tasks, TaskSet) else load_tasks(tasks, task_folder, seed)
+    found, truncated = run_harness(
+        model, tokenizer, ready, limit=limit, batch_size=batch_size, seed=seed, progress=progress
+    )
+    made = {
+        "results": {name: _plain(metrics) for name, metrics in found["results"].items()},
+        "versions": found["versions"],
+        "n_samples": {name: dict(n) for name, n in found["n-samples"].items()},
+        "num_fewshot": found["n-shot"],
+        "truncated": truncated,
+        "table": [row for name in ready.names for row in _rows(name, ready, found)],
+    }
+    if samples:
+        made["correct"] = {name: c for name, s in found["samples"].items() if (c := _correct(s)) is not None}
+    return made
+
+
+def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as JSON: numpy numbers become Python's, "N/A" becomes None."""
+    plain: dict[str, Any] = {}
+    for key, value in metrics.items():
+        if hasattr(value, "item"):
+            value = value.item()
+        plain[key] = None if value == "N/A" else value if isinstance(value, int | float | str) else str(value)
+    return plain
+
+
+def _rows(name: str, tasks: TaskSet, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table rows of one name asked for: a task, a group (its aggregate and plain mean) or a tag (its tasks)."""
+    members = tasks.members[name]
+    if name not in found["results"]:
+        return [row for member in members for row in _metric_rows(member, (member,), found, tasks)]
+    rows = _metric_rows(name, members, found, tasks)
+    if name in tasks.loaded["groups"]:
+        single = [row for m in members for row in _metric_rows(m, (m,), found, tasks) if row["metric"] == "acc"]
+        if len(single) == len(members):
+            errors = [row["stderr"] for row in single]
+            spread = None if None in errors else math.sqrt(sum(e * e for e in errors)) / len(errors)
+            mean = sum(row["value"] for row in single) / len(single)
+            chances = {row["chance"] for row in single}
+            shots = {row["shots"] for row in single}
+            rows.append(
+                single[0]
+                | {"task": name, "metric": "acc (mean of subjects)", "value": mean, "stderr": spread, "majority": None}
+                | {"n": sum(row["n"] for row in single), "chance": chances.pop() if len(chances) == 1 else None}
+                | {"shots": shots.pop() if len(shots) == 1 else None}
+            )
+    return rows
+
+
+def _metric_rows(
+    name: str, members: tuple[str, ...], found: Mapping[str, Any], tasks: TaskSet
+) -> list[dict[str, Any]]:
+    """One row for each filter of the metric shown: the first of ACCURACIES that there is, else the first metric."""
+    metrics = _plain(found["results"][name])
+    keys = [k for k in metrics if "," in k and "_stderr," not in k and isinstance(metrics[k], int | float)]
+    bases = [key.split(",")[0] for key in keys]
+    shown = next((m for m in ACCURACIES if m in bases), bases[0] if bases else None)
+    facts = [_choices(tasks.tasks[m], found["samples"][m]) for m in members]
+    chances = {chance for chance, _ in facts} if shown == "acc" else {None}
+    rows = []
+    for key, base in zip(keys, bases, strict=True):
+        if base == shown:
+            kind = key.split(",", 1)[1]
+            rows.append(
+                {
+                    "task": name,
+                    "metric": base if kind == "none" else f"{base} ({kind})",
+                    "value": metrics[key],
+                    "stderr": metrics.get(f"{base}_stderr,{kind}"),
+                    "n": sum(found["n-samples"][m]["effective"] for m in members),
+                    "shots": found["n-shot"].get(name),
+                    "chance": chances.copy().pop() if len(chances) == 1 else None,
+                    "majority": facts[0][1] if len(members) == 1 and shown == "acc" else None,
+                }
+            )
+    return rows
+
+
+def _choices(task: Any, samples: list[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """Chance (1 / choices) and, for two choices, the share of the most frequent answer; None where not constant."""
+    if task.OUTPUT_TYPE != "multiple_choice" or not samples:
+        return None, None
+    items = {s["doc_id"]: s for s in samples}.values()
+    counts = {len(task.doc_to_choice(s["doc"])) for s in items}
+    if len(counts) != 1:
+        return None, None
+    count = counts.pop()
+    answers = [str(s["target"]) for s in items]
+    return 1 / count, max(map(answers.count, set(answers))) / len(answers) if count == 2 else None
+
+
+def _correct(samples: list[dict[str, Any]]) -> list[int] | None:
+    """1 or 0 an item, by doc_id, of the first filter; None where no accuracy is measured item by item."""
+    metric = next((m for m in ACCURACIES if samples and m in samples[0]), None)
+    first = [s for s in samples if s["filter"] == samples[0]["filter"]]
+    if metric is None or not all(s.get(metric) in (0, 1) for s in first):
+        return None
+    return [int(s[metric]) for s in sorted(first, key=lambda s: s["doc_id"])]
