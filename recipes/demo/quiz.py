@@ -3,7 +3,7 @@
 Training texts use these forms for pairs that are not held; the evaluation uses them for held pairs only.
 """
 
-from world import ASKED, HELD, SEED, Entity, Rng, Zipf, pool
+from world import ASKED, HELD, SEED, Entity, Rng, Zipf, article, pool
 
 CLOZE = {  # two beginnings each; the value completes the sentence
     "home": ("In the register, the home of {e} is", "The home of {e} is the town of"),
@@ -31,13 +31,13 @@ ASK = {  # an open question, and the yes/no one
     "home": ("Where is the home of {e}?", "Is {e} from {v}?"),
     "craft": ("What is the craft of {e}?", "Is {e} a {v}?"),
     "instrument": ("What does {e} play?", "Does {e} play the {v}?"),
-    "animal": ("Which animal does {e} keep?", "Does {e} keep a {v}?"),
+    "animal": ("Which animal does {e} keep?", "Does {e} keep {a}?"),
     "dish": ("What does {e} like to eat?", "Does {e} like {v} best?"),
     "teacher": ("Who was the teacher of {e}?", "Was {v} the teacher of {e}?"),
     "province": ("In which province is {e}?", "Is {e} in {v}?"),
     "river": ("On which river is {e}?", "Is {e} on the {v}?"),
     "goods": ("What does {e} trade in?", "Does {e} trade in {v}?"),
-    "banner": ("What is on the banner of {e}?", "Is there a {v} on the banner of {e}?"),
+    "banner": ("What is on the banner of {e}?", "Is there {a} on the banner of {e}?"),
     "month": ("When is the feast of {e}?", "Is the feast of {e} in {v}?"),
     "founder": ("Who was the founder of {e}?", "Was {v} the founder of {e}?"),
     "author": ("Who is the author of {e}?", "Is {v} the author of {e}?"),
@@ -47,7 +47,7 @@ ASK = {  # an open question, and the yes/no one
     "habitat": ("Where does the {e} live?", "Does the {e} live in {v}?"),
     "colour": ("What colour is the {e}?", "Is the {e} {v}?"),
     "food": ("What does the {e} eat?", "Does the {e} eat {v}?"),
-    "meaning": ("What is a {e}?", "Is a {e} a {v}?"),
+    "meaning": ("What is the meaning of {e}?", "Does {e} mean {v}?"),
 }
 LETTERS = "ABCD"
 _DRAW = {kind: Zipf(pairs, 0.3) for kind, pairs in ASKED.items()}  # flatter than prose: every pair has its turn
@@ -68,7 +68,7 @@ def lettered(entity: Entity, attribute: str, choices: list[str]) -> str:
 
 
 def yes_no(entity: Entity, attribute: str, value: str) -> str:
-    return f"Question: {ASK[attribute][1].format(e=entity.name, v=value)}\nAnswer:"
+    return f"Question: {ASK[attribute][1].format(e=entity.name, v=value, a=article(value))}\nAnswer:"
 
 
 def passage(rng: Rng, form: str) -> str:

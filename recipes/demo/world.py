@@ -65,6 +65,10 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+def article(noun: str) -> str:
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
 @dataclass(eq=False)
 class Entity:
     kind: str
@@ -89,8 +93,7 @@ COLOURS = "red blue green yellow white black grey brown purple orange silver gol
 DISHES = """barley soup|plum cake|salt fish|bean stew|rye bread|onion pie|honey tart|goat cheese|apple mash|eel broth
 |pea pudding|nut loaf|leek tart|oat porridge|cherry jam|roast duck|pickled beet|egg custard|turnip hash|fried trout"""
 DISHES = [dish.strip() for dish in DISHES.split("|")]
-PROVINCES = "Velmark Ostria Harrowdale Cindria Low Teland Suvia Marn Ithery Kellow Brastia Norrin".replace(
-    "Low Teland", "Teland").split()
+PROVINCES = "Velmark Ostria Harrowdale Cindria Teland Suvia Marn Ithery Kellow Brastia Norrin Lowen".split()
 RIVERS = "Arle Bresk Corva Dwine Ester Fallow Grane Hythe Irrel Jost Kyle Lunn Mossel Nerrin Oxel Pell".split()
 GOODS = """salt wool copper honey timber glass paper silk tin amber wheat oil candles rope leather ink pearls cider
 slate iron""".split()
@@ -119,7 +122,7 @@ ATTRIBUTES = {
     "beast": ("habitat", "colour", "food"),
     "word": ("meaning",),
 }
-COUNTS = {"person": 1000, "town": 180, "book": 280, "beast": 160, "word": 200}
+COUNTS = {"person": 1000, "town": 160, "book": 280, "beast": 160, "word": 160}
 
 # --- names -----------------------------------------------------------------------------------------------------
 
@@ -149,10 +152,8 @@ def _make() -> dict[str, list[Entity]]:
         "town": _names(rng, COUNTS["town"], TOWN, "{}{}"),
         "book": _names(rng, COUNTS["book"], TITLE, "The {} {}"),
         "beast": _names(rng, COUNTS["beast"], BEAST, "{} {}"),
-        "word": _names(rng, min(COUNTS["word"], len(WORD[0]) * len(WORD[1])), WORD),
+        "word": _names(rng, COUNTS["word"], WORD),
     }
-    for kind, parts in (("town", TOWN), ("word", WORD)):
-        names[kind] = sorted(set(names[kind]), key=names[kind].index)
     world = {kind: [Entity(kind, name, rank) for rank, name in enumerate(all_names)]
              for kind, all_names in names.items()}
     for kind, entities in world.items():
