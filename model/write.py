@@ -55,11 +55,11 @@ def _write_shard(path: Path, group: dict[str, StoredTensor], replace: Replace, p
     with open(path, "wb") as out, open(ordered[0][1].file, "rb") as source:
         out.write(len(text).to_bytes(8, "little") + text)
         out.flush()
-        for begin, end, name in _ranges(ordered, replace):
-            if name is not None:
-                data = replace[name](group[name])
-                if len(data) != group[name].nbytes:
-                    raise ValueError(f"{name}: {len(data)} bytes given for {group[name].nbytes}")
+        for begin, end, changed in _ranges(ordered, replace):
+            if changed is not None:
+                data = replace[changed](group[changed])
+                if len(data) != group[changed].nbytes:
+                    raise ValueError(f"{changed}: {len(data)} bytes given for {group[changed].nbytes}")
                 out.write(data)
                 out.flush()
                 progress(len(data))
