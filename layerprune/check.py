@@ -8,7 +8,7 @@ from typing import Any
 
 from layerprune.model.errors import UsageError
 from layerprune.model.estimate import DEVICES, estimate, shape_of_checkpoint
-from layerprune.model.recipes import Recipe, load_recipe, read_recipe
+from layerprune.model.recipes import Recipe, load_recipe, read_recipe, recipe_names
 
 
 def check_recipe_file(name_or_path: str | Path, drop: float = 0.4, device: str = "h100") -> dict[str, Any]:
@@ -110,3 +110,26 @@ def _round(amount: float) -> str:
     if amount >= 0.995:
         return f"{amount:.1f}"
     return f"{amount:.2f}" if amount >= 0.005 else "<0.01"
+
+
+def list_recipes(name: str | None = None) -> list[dict[str, Any]]:
+    """All recipes (or the one named) as plain data: name, model, origin, layers, parameters, settings."""
+    found = [load_recipe(n) for n in ([name] if name is not None else recipe_names())]
+    return [{k: v for k, v in asdict(recipe).items() if k != "file"} for recipe in found]
+
+
+def recipe_text(name: str) -> str:
+    """The YAML file of a recipe, comments included."""
+    return load_recipe(name).file.read_text(encoding="utf-8")
+
+
+def format_recipes(found: list[dict[str, Any]]) -> str:
+    """The list of recipes as a table."""
+    width = max(len(recipe["name"]) for recipe in found)
+    lines = [f"{'recipe':<{width}}  {'settings':<8}  {'layers':>6}  {'parameters':>10}  model"]
+    for recipe in found:
+        shape, origin = recipe["shape"], recipe["origin"]
+        lines.append(
+            f"{recipe['name']:<{width}}  {origin:<8}  {shape['layers']:>6}  {_count(shape['parameters']):>10}  {recipe['model']}"
+        )
+    return "\n".join(lines)

@@ -43,9 +43,7 @@ def read_documents(data: str, split: str, samples: int | None, seed: int = 0) ->
     rng = random.Random(seed)
     if data == "c4":
         found: list[str] = []
-        shards = list(range(C4_SHARDS[split]))
-        rng.shuffle(shards)
-        for shard in shards:
+        for shard in _c4_order(split, rng):
             path = _c4_shard(split, shard)
             documents = list(_json_lines(path))
             rng.shuffle(documents)
@@ -63,10 +61,42 @@ def read_documents(data: str, split: str, samples: int | None, seed: int = 0) ->
     return documents
 
 
-def check_data(data: str, option: str) -> None:
-    """Refuse a data file that is not there, before anything expensive starts."""
-    if data != "c4" and not Path(data).expanduser().is_file():
-        raise UsageError(f"{option} {data} is neither 'c4' nor an existing file")
+def check_data(data: str, option: str, split: str | None = None, seed: int = 0) -> None:
+    """Refuse a data file that is not there, before anything expensive starts.
+
+    With a split, C4 is asked for too: its first shard must be in the local cache or within reach of the network.
+    """
+    if data != "c4":
+        if not Path(data).expanduser().is_file():
+            raise UsageError(f"{option} {data} is neither 'c4' nor an existing file")
+    elif split is not None:
+        _c4_in_reach(split, _c4_order(split, random.Random(seed))[0], option)
+
+
+def _c4_order(split: str, rng: random.Random) -> list[int]:
+    shards = list(range(C4_SHARDS[split]))
+    rng.shuffle(shards)
+    return shards
+
+
+def _c4_in_reach(split: str, shard: int, option: str) -> None:
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    name = _c4_name(split, shard)
+    if isinstance(try_to_load_from_cache(C4_ID, name, repo_type="dataset", revision=C4_REVISION), str):
+        return
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            get_hf_file_metadata(hf_hub_url(C4_ID, name, repo_type="dataset", revision=C4_REVISION), timeout=20)
+            return
+    except Exception as error:  # whatever the network layer raises: it is not within reach
+        why += f" ({type(error).__name__})"
+    raise Refused(f"{option} c4: {name} is not in the local Hub cache and {why}; give a local file, such as {option} FILE.jsonl")
+
+
+def _c4_name(split: str, shard: int) -> str:
+    return f"en/c4-{split}.{shard:05d}-of-{C4_SHARDS[split]:05d}.json.gz"
 
 
 def data_fingerprint(data: str) -> str:
@@ -81,7 +111,7 @@ def _c4_shard(split: str, shard: int) -> Path:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    name = f"en/c4-{split}.{shard:05d}-of-{C4_SHARDS[split]:05d}.json.gz"
+    name = _c4_name(split, shard)
     last: Exception | None = None
     for _attempt in range(3):
         try:
@@ -111,7 +141,7 @@ def _json_lines(path: Path) -> Iterator[str]:
     number = 0
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(file, 1):  # noqa: B007 (the number is for the messages below)
                 if line.strip():
                     text = json.loads(line)["text"]
                     if not isinstance(text, str):

@@ -1,0 +1,230 @@
+"""The command line: every command parses, calls one function, prints. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from layerprune import __version__
+
+Command = Callable[..., Any]
+
+
+class _Group(click.Group):
+    """Prints what the library refuses as one sentence and exits 2 (usage) or 1 (refused); the rest keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from layerprune.model.errors import LayerpruneError
+
+        try:
+            return super().invoke(ctx)
+        except LayerpruneError as error:
+            if os.environ.get("LAYERPRUNE_VERBOSE"):
+                traceback.print_exc()
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="layerprune")
+def main() -> None:
+    """Make large language models shallower.
+
+    `run` does everything for one fraction of layers; the other commands are its steps. Results go to stdout, progress
+    to stderr. Exit codes: 2 for wrong usage, 1 for everything refused.
+    """
+
+
+def _options(*options: Command) -> Command:
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        os.environ["LAYERPRUNE_VERBOSE"] = "1"
+        logging.basicConfig(level=logging.INFO)
+
+
+_model = click.option("--model", required=True, metavar="M", help="Recipe name (llama-2-70b), Hub id, or local folder.")
+_drop = click.option("--drop", type=float, metavar="F", help="Fraction of layers to drop; F times L is rounded half up.")
+_strategy = click.option(
+    "--strategy", type=click.Choice(["angular", "last"]), default="angular", show_default=True,
+    help="angular: the block with the smallest angular distance. last: the deepest n layers but the very last one "
+    "(0-based L-1-n .. L-2; the last layer and the head stay).",
+)  # fmt: skip
+_calibration = click.option("--calibration", metavar="FILE|c4", help="Data for ranking (JSONL or text; .gz, .zst).")
+_heal_data = click.option("--heal-data", metavar="FILE|c4", help="Data for healing.")
+_eval_data = click.option("--eval-data", metavar="FILE|c4", help="Data for the normalised loss.")
+_samples = click.option("--samples", type=int, metavar="N", help="Documents read from the data  [256, or the recipe's].")
+_length = click.option(
+    "--length", type=int, metavar="T", help="Tokens a document is cut at  [2048, or the model's context if shorter]."
+)
+_seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random choice.")
+_dtype = click.option(
+    "--dtype", default="auto", show_default=True, metavar="D",
+    help="auto, float32, bfloat16 or float16; auto: the checkpoint's on a GPU, float32 on the CPU.",
+)  # fmt: skip
+_device = click.option("--device", metavar="D", help="cpu, cuda, cuda:1  [the GPUs where there are any].")
+_trust = click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_v = click.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, is_eager=True, callback=_verbose,
+    help="Show the libraries' logs, and where in the code something was refused.",
+)  # fmt: skip
+_tasks = click.option("--tasks", metavar="A,B", help="lm-eval tasks; `name:5` gives 5 examples in context.")
+_shots = click.option("--num-fewshot", type=int, metavar="K", help="Examples in context, for every task.")
+_limit = click.option("--limit", type=int, metavar="N", help="Only the first N items of every task.")
+_task_folder = click.option("--task-folder", metavar="DIR", help="Folder with task files (YAML) of your own.")
+_batch = click.option("--batch-size", type=int, metavar="B", help="Rows a batch in tasks  [what fits].")
+_verify = click.option(
+    "--verify/--no-verify", default=None,
+    help="Check the cut's logits against the source: always, or never  [where both fit in memory].",
+)  # fmt: skip
+
+
+def _out(what: str) -> Command:
+    return click.option("--out", metavar="DIR", help=f"New folder for the result  [{what}].")
+
+
+def _split(text: str | None) -> list[str] | None:
+    return None if text is None else [part for part in (p.strip() for p in text.split(",")) if part]
+
+
+def _print(result: Any, as_json: bool, text: Callable[[], str]) -> None:
+    click.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else text())
+
+
+@main.command()
+@_options(_model)
+@click.option("--drop", type=float, required=True, metavar="F", help="Fraction of layers to drop; F times L, rounded half up.")
+@_options(_strategy, _tasks, _shots, _limit, _task_folder, _calibration, _heal_data, _eval_data)
+@click.option("--heal-steps", type=int, metavar="N", help="Optimizer steps of healing  [5000, or the recipe's].")
+@click.option("--no-heal", is_flag=True, help="Stop after cutting: the result is the cut checkpoint.")
+@click.option("--curve", metavar="F,F", help="Fractions of the curve, not healed  [the recipe's; 0.1 to 0.6]; '' for none.")
+@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _verify)
+@_options(_out("runs/<model>-<strategy>-<drop>"), _json, _v)
+def run(tasks: str | None, curve: str | None, no_heal: bool, as_json: bool, **options: Any) -> None:
+    """Rank, prune, heal, evaluate and draw, in one run folder.
+
+    The same command again goes on where a killed run stopped; when it is finished, it prints the result again.
+    """
+    from layerprune.pipeline import run as run_all
+    from layerprune.report import format_run
+
+    fractions = None if curve is None else [_fraction(f) for f in _split(curve) or []]
+    result = run_all(tasks=_split(tasks), curve=fractions, heal=not no_heal, progress=True, **options)
+    _print(result, as_json, lambda: format_run(result))
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a number", param_hint="--curve") from None
+
+
+@main.command()
+@_options(_model, _calibration, _samples, _length, _seed, _dtype, _device, _trust, _out("runs/<model>-rank"), _json, _v)
+def rank(as_json: bool, **options: Any) -> None:
+    """Rank all blocks of layers by angular distance, in one pass."""
+    from layerprune.pipeline import format_rank
+    from layerprune.pipeline import rank as rank_all
+
+    options["data"] = options.pop("calibration")
+    result = rank_all(progress=True, **options)
+    _print(result, as_json, lambda: format_rank(result))
+
+
+@main.command()
+@_options(_model, _drop)
+@click.option("--layers", metavar="A:B", help="Drop layers A to B-1 instead (0-based, half-open).")
+@_options(_strategy)
+@click.option("--ranking", metavar="FILE", help="rank.json of `layerprune rank`; without it, angular ranks first.")
+@_options(_calibration, _samples, _length, _seed, _dtype, _device, _trust, _verify)
+@click.option("--dry-run", is_flag=True, help="Print where every tensor would go, and write nothing.")
+@_options(_out("runs/<model>-<strategy>-<drop>-pruned"), _json, _v)
+def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Write a checkpoint without a block of its layers.
+
+    With `last` or --layers the model is never loaded to choose the block. Bytes are copied, not decoded.
+    """
+    from layerprune.pipeline import prune_folder
+    from layerprune.prune.cut import format_cut, prune_checkpoint
+
+    folder = None if dry_run else prune_folder(out, **options)
+    result = prune_checkpoint(out=folder, dry_run=dry_run, progress=True, **options)
+    _print(result, as_json, lambda: format_cut(result, str(folder), plan=dry_run))
+
+
+@main.command()
+@click.option("--model", required=True, metavar="DIR", help="The cut checkpoint (any recipe name, Hub id or folder).")
+@_options(_heal_data)
+@click.option("--heal-steps", "steps", type=int, metavar="N", help="Optimizer steps  [5000, or the recipe's].")
+@click.option("--learning-rate", type=float, metavar="R", help="Peak learning rate  [3e-4, or the recipe's].")
+@click.option("--lora-rank", type=int, metavar="R", help="Rank of LoRA, and its alpha  [64, or the recipe's].")
+@click.option("--batch-size", type=int, metavar="B", help="Sequences a step, over all micro-batches  [16, or the recipe's].")
+@click.option("--micro-batch", type=int, metavar="B", help="Sequences in memory at once  [chosen].")
+@_options(_length, _seed, _device, _trust, _out("runs/<model>-healed"), _json, _v)
+def heal(heal_data: str | None, out: str | None, as_json: bool, **options: Any) -> None:
+    """Train a cut checkpoint back (QLoRA on the MLPs) and merge the adapter into it."""
+    from layerprune.heal.train import format_healing, heal_checkpoint
+    from layerprune.pipeline import default_folder
+
+    folder = default_folder(out, options["model"], "healed")
+    result = heal_checkpoint(out=folder, data=heal_data, progress=True, **options)
+    _print(result, as_json, lambda: format_healing(result, str(folder)))
+
+
+@main.command("eval")
+@click.option("--model", required=True, metavar="DIR", help="Any recipe name, Hub id or folder.")
+@_options(_tasks, _shots, _limit, _task_folder, _eval_data)
+@click.option("--no-loss", is_flag=True, help="Tasks only.")
+@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _out("runs/<model>-eval"), _json, _v)
+def evaluate(tasks: str | None, eval_data: str | None, no_loss: bool, out: str | None, as_json: bool, **options: Any) -> None:
+    """Score a checkpoint on lm-eval tasks, and measure its normalised loss; writes eval.json."""
+    from layerprune.eval.evaluate import evaluate_checkpoint, format_table
+    from layerprune.pipeline import default_folder
+
+    folder = default_folder(out, options["model"], "eval")
+    result = evaluate_checkpoint(
+        tasks=_split(tasks), data=eval_data, loss=not no_loss, items=True, out=folder / "eval.json", progress=True, **options
+    )
+    _print(result, as_json, lambda: format_table(result) + f"\n\n{folder / 'eval.json'}")
+
+
+@main.command()
+@click.argument("name", required=False)
+@_options(_json)
+def recipes(name: str | None, as_json: bool) -> None:
+    """List the recipes, or show one (NAME)."""
+    from layerprune.check import format_recipes, list_recipes, recipe_text
+
+    if name is not None and not as_json:
+        click.echo(recipe_text(name).rstrip())
+        return
+    result = list_recipes(name)
+    _print(result, as_json, lambda: format_recipes(result))
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--drop", type=float, default=0.4, show_default=True, metavar="F", help="Fraction of layers to drop.")
+@click.option("--device", type=click.Choice(["h100", "cpu"]), default="h100", show_default=True, help="Whose rate gives the hours.")
+@_options(_json)
+def check(recipe: str, drop: float, device: str, as_json: bool) -> None:
+    """Check a recipe (name, YAML file or checkpoint folder): all faults at once, then memory, disk and steps."""
+    from layerprune.check import check_recipe_file, format_check
+
+    result = check_recipe_file(recipe, drop, device)
+    _print(result, as_json, lambda: format_check(result))

@@ -1,0 +1,527 @@
+"""`layerprune run`: rank, prune, heal, evaluate and draw, in one folder that can be resumed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from layerprune.model.cuts import Block, drop_count, last_block
+from layerprune.model.data import check_data, data_fingerprint
+from layerprune.model.errors import Refused, UsageError
+from layerprune.model.files import free_bytes, must_not_exist, new_folder, read_json, write_json
+from layerprune.model.recipes import EvalSettings, HealSettings, Recipe
+from layerprune.model.source import ModelSource, find_model, layer_count, load_config, pick_device
+from layerprune.model.tensors import read_checkpoint
+from layerprune.runfolder import RunFolder, fingerprint, open_run
+
+Say = Callable[[str], None]
+DEFAULT_CURVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+def _stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, resolved: what the user gave, else the recipe's settings, else the defaults."""
+
+    source: ModelSource
+    layers: int
+    n: int
+    drop: float
+    strategy: str
+    rank: dict[str, Any]
+    evaluation: EvalSettings
+    tasks: dict[str, int | None]
+    task_folder: str | None
+    heal: HealSettings | None
+    heal_options: dict[str, Any]
+    curve: tuple[int, ...]
+    seed: int
+    dtype: str
+    device: str
+    trust_remote_code: bool
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides the results: the manifest's identity of the run."""
+        heal = None
+        if self.heal is not None:
+            heal = {**asdict(self.heal), "fingerprint": data_fingerprint(self.heal.data), **self.heal_options}
+            heal["targets"] = list(self.heal.targets)
+        return {
+            "model": self.source.name,
+            "checkpoint": fingerprint(self.source.folder),
+            "drop": self.drop,
+            "strategy": self.strategy,
+            "rank": {**self.rank, "fingerprint": data_fingerprint(self.rank["data"])},
+            "heal": heal,
+            "loss": {
+                "data": self.evaluation.data,
+                "samples": self.evaluation.samples,
+                "length": self.evaluation.length,
+                "fingerprint": data_fingerprint(self.evaluation.data),
+            },
+            "tasks": self.tasks,
+            "task_folder": self.task_folder,
+            "limit": self.evaluation.limit,
+            "curve": list(self.curve),
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "device": self.device,
+        }
+
+
+def plan_run(
+    model: str | Path,
+    drop: float,
+    *,
+    strategy: str = "angular",
+    tasks: Sequence[str] | Mapping[str, int | None] | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    task_folder: str | Path | None = None,
+    calibration: str | None = None,
+    heal_data: str | None = None,
+    eval_data: str | None = None,
+    heal_steps: int | None = None,
+    heal: bool = True,
+    curve: Sequence[float] | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Resolve and check a run's settings; nothing is loaded. Raises UsageError and Refused."""
+    from layerprune.eval.evaluate import parse_tasks
+    from layerprune.prune.cut import STRATEGIES
+    from layerprune.prune.rank import rank_settings
+
+    if strategy not in STRATEGIES:
+        raise UsageError(f"--strategy {strategy} is none of {', '.join(STRATEGIES)}")
+    for option, number in (("--samples", samples), ("--limit", limit), ("--heal-steps", heal_steps)):
+        if number is not None and number < 1:
+            raise UsageError(f"{option} {number} is not a number above 0")
+    source = find_model(str(model))
+    layers = layer_count(load_config(source.folder, trust_remote_code))
+    n = drop_count(drop, layers)
+    if strategy == "last":
+        last_block(n, layers)
+    recipe = source.recipe
+    base = recipe.eval if recipe else EvalSettings()
+    evaluation = EvalSettings(
+        data=eval_data or (recipe.data_path(base.data) if recipe else base.data),
+        samples=samples or base.samples,
+        length=length or base.length,
+        limit=limit or base.limit,
+    )
+    ranking = rank_settings(source, calibration, samples, length)
+    healing = None
+    if heal:
+        healing = recipe.heal if recipe else HealSettings()
+        own = recipe.data_path(healing.data) if recipe else healing.data
+        healing = replace(healing, data=heal_data or own)
+        check_data(healing.data, "--heal-data", "train", seed)
+    check_data(ranking["data"], "--calibration", "validation", seed)
+    check_data(evaluation.data, "--eval-data", "validation", seed)
+    folder = task_folder if task_folder is not None else recipe.tasks_path if recipe else None
+    fractions = curve if curve is not None else recipe.curve if recipe else DEFAULT_CURVE
+    return Plan(
+        source=source,
+        layers=layers,
+        n=n,
+        drop=drop,
+        strategy=strategy,
+        rank=ranking,
+        evaluation=evaluation,
+        tasks=parse_tasks(tasks, num_fewshot, recipe),
+        task_folder=None if folder is None else str(folder),
+        heal=healing,
+        heal_options={"steps": heal_steps, "length": length},
+        curve=tuple(sorted({drop_count(f, layers) for f in fractions if round(f * layers, 9) >= 0.5} | {n})),
+        seed=seed,
+        dtype=dtype,
+        device=pick_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def run(
+    model: str | Path,
+    drop: float,
+    *,
+    out: str | Path | None = None,
+    progress: bool = False,
+    say: Say = _stderr,
+    verify: bool | None = None,
+    batch_size: int | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Rank, prune, heal, evaluate and draw: everything for one fraction of layers, in one run folder.
+
+    model: recipe name, Hub id or local folder. drop: fraction of layers in (0, 1). settings: those of `plan_run`.
+    out: the run folder, by default runs/<model>-<strategy>-<drop>; it gets manifest.json, rank.json, pruned/, healed/,
+    adapter/, eval.json, curve.json and figures/. A folder with a run of the same inputs is resumed; a finished one is
+    only read. Returns the result that `layerprune.report.format_run` prints. Raises UsageError and Refused.
+    """
+    plan = plan_run(model, drop, **settings)
+    folder = Path(out) if out is not None else Path("runs") / f"{plan.source.label}-{plan.strategy}-{drop:g}"
+    with open_run(folder, plan.inputs()) as opened:
+        if opened.finished:
+            say(f"{folder} holds this run, finished")
+            return dict(opened.manifest["result"])
+        return _Run(plan, opened, say, progress, verify, batch_size).all()
+
+
+class _Run:
+    """The phases of one run, in order. Each leaves a file or a folder, and is skipped where that is there."""
+
+    def __init__(
+        self, plan: Plan, folder: RunFolder, say: Say, progress: bool, verify: bool | None, batch_size: int | None
+    ) -> None:
+        self.plan, self.folder, self.path, self.say, self.progress = plan, folder, folder.path, say, progress
+        self.verify, self.batch_size = verify, batch_size
+        self._ready: tuple[Any, Any, Any] | None = None
+
+    def all(self) -> dict[str, Any]:
+        self.announce()
+        if self.plan.tasks:
+            self.ready()  # an unknown task or one without data ends the run here, not hours later
+        with self.folder.phase("rank"):
+            ranking = self.rank()
+        block = self.block(self.plan.n, ranking)
+        distance = ranking["distance"][block.size - 1][block.start]
+        self.say(f"the block of {block.size} layers to drop is {block} (angular distance {distance:.4f})")
+        with self.folder.phase("prune"):
+            self.prune(ranking)
+        if self.plan.heal is not None:
+            with self.folder.phase("heal"):
+                self.heal()
+        with self.folder.phase("eval"):
+            evaluation, rows = self.evaluate(ranking)
+        with self.folder.phase("figures"):
+            curve = self.folder.once("curve.json", lambda: {"layers": self.plan.layers, "rows": rows})
+            figures = self.draw(ranking, curve)
+        result = self.result(evaluation, block, distance, figures)
+        self.folder.finish(result)
+        return result
+
+    def announce(self) -> None:
+        plan = self.plan
+        where = str(last_block(plan.n, plan.layers)) if plan.strategy == "last" else "chosen by ranking"
+        self.say(
+            f"{plan.source.name}: {plan.layers} layers; --drop {plan.drop:g} drops {plan.n} and keeps "
+            f"{plan.layers - plan.n} ({plan.strategy}, block {where})"
+        )
+        self.say(f"run folder {self.path}, device {plan.device}, {_cost(plan, self.path)}")
+
+    def rank(self) -> dict[str, Any]:
+        if not (self.path / "rank.json").exists():
+            self.say("ranking all blocks")
+        return dict(self.folder.once("rank.json", self._rank))
+
+    def _rank(self) -> dict[str, Any]:
+        from layerprune.model.decoder import view_decoder
+        from layerprune.prune.rank import rank_live
+
+        live, tokenizer = self.load(self.plan.source.folder)
+        return rank_live(view_decoder(live), tokenizer, self.plan.rank, seed=self.plan.seed, progress=self.progress)
+
+    def block(self, n: int, ranking: Mapping[str, Any]) -> Block:
+        from layerprune.prune.cut import choose_block
+
+        return choose_block(n / self.plan.layers, self.plan.layers, self.plan.strategy, ranking)
+
+    def prune(self, ranking: Mapping[str, Any]) -> None:
+        from layerprune.prune.cut import prune_checkpoint
+
+        if (self.path / "pruned").exists():
+            return
+        self.say("cutting the block out")
+        plan = self.plan
+        angular = plan.strategy == "angular"
+        found = prune_checkpoint(
+            plan.source.name,
+            self.path / "pruned",
+            drop=plan.drop,
+            strategy=plan.strategy,
+            ranking=ranking if angular else None,
+            seed=plan.seed,
+            trust_remote_code=plan.trust_remote_code,
+            verify=self.verify,
+            progress=self.progress,
+            say=self.say,
+        )
+        for what, how in found["verified"].items():
+            self.say(f"  {what}: {how}")
+
+    def heal(self) -> None:
+        from layerprune.heal.train import heal_checkpoint
+
+        if (self.path / "healed").exists():
+            return
+        plan = self.plan
+        assert plan.heal is not None
+        self.say("healing")
+        heal_checkpoint(
+            self.path / "pruned",
+            self.path / "healed",
+            data=plan.heal.data,
+            seed=plan.seed,
+            device=plan.device,
+            trust_remote_code=plan.trust_remote_code,
+            adapter=self.path / "adapter",
+            work=self.folder.work / "heal",
+            report=self.say,
+            progress=self.progress,
+            **plan.heal_options,
+        )
+
+    def load(self, folder: Path) -> tuple[Any, Any]:
+        from layerprune.model.source import load_model, load_tokenizer
+
+        plan = self.plan
+        # A device that was left open stays open for load_model, which spreads a model over several GPUs.
+        device = None if plan.device == "cuda" else plan.device
+        live = load_model(folder, device=device, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code)
+        return live, load_tokenizer(folder, plan.trust_remote_code)
+
+    def ready(self) -> tuple[Any, Any, Any]:
+        """The tasks, those of them that a virtually cut model can answer, and the loss sequences; loaded once."""
+        from layerprune.eval.evaluate import loss_sequences
+        from layerprune.eval.tasks import load_tasks
+        from layerprune.model.source import load_tokenizer
+
+        if self._ready is None:
+            plan, chosen = self.plan, self.plan.evaluation
+            tasks = curve_tasks = None
+            if plan.tasks:
+                tasks = curve_tasks = load_tasks(plan.tasks, plan.task_folder, plan.seed)
+                makes_text = {
+                    name for name in tasks.names
+                    if any(tasks.tasks[member].OUTPUT_TYPE == "generate_until" for member in tasks.members[name])
+                }  # fmt: skip
+                if makes_text:
+                    names = ", ".join(sorted(makes_text))
+                    self.say(f"{names}: scored whole, cut and healed; left out of the curve, which has no KV cache")
+                    left = {name: shots for name, shots in plan.tasks.items() if name not in makes_text}
+                    curve_tasks = load_tasks(left, plan.task_folder, plan.seed) if left else None
+            config = load_config(plan.source.folder, plan.trust_remote_code)
+            tokenizer = load_tokenizer(plan.source.folder, plan.trust_remote_code)
+            sequences = loss_sequences(tokenizer, config, chosen.data, chosen.samples, chosen.length, plan.seed)
+            self._ready = (tasks, curve_tasks, sequences)
+        return self._ready
+
+    def measure(self, live: Any, tokenizer: Any, curve: bool = False) -> dict[str, Any]:
+        from layerprune.eval.evaluate import evaluate_live
+
+        tasks, curve_tasks, sequences = self.ready()
+        return evaluate_live(
+            live,
+            tokenizer,
+            tasks=curve_tasks if curve else tasks,
+            limit=self.plan.evaluation.limit,
+            sequences=sequences,
+            batch_size=self.batch_size,
+            seed=self.plan.seed,
+            samples=True,
+            progress=self.progress,
+        )
+
+    def measured(self, name: str, folder: Path) -> dict[str, Any]:
+        """Measure a written checkpoint (loss, tasks, speed), once."""
+
+        def make() -> dict[str, Any]:
+            from layerprune.eval.speed import generation_speed
+
+            self.say(f"evaluating {name}")
+            live, tokenizer = self.load(folder)
+            return {**self.measure(live, tokenizer), "speed": generation_speed(live, tokenizer)}
+
+        return {**_sizes(folder), **self.folder.once(f".work/{name}.json", make)}
+
+    def evaluate(self, ranking: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """eval.json, and the rows of the curve."""
+        parts = {"whole": self.plan.source.folder, "pruned": self.path / "pruned", "healed": self.path / "healed"}
+        if self.plan.heal is None:
+            del parts["healed"]
+        if (self.path / "eval.json").exists() and (self.path / "curve.json").exists():
+            return read_json(self.path / "eval.json"), read_json(self.path / "curve.json")["rows"]
+        found = {name: self.measured(name, folder) for name, folder in parts.items()}
+        depths = self.depths(ranking)
+        rows = [_row(self.plan, 0, range(self.plan.layers), False, found["whole"])]
+        for n in self.plan.curve:
+            block = self.block(n, ranking)
+            measured = found["pruned"] if n == self.plan.n else depths[n]
+            rows.append(_row(self.plan, n, block.kept(self.plan.layers), False, measured))
+            if n == self.plan.n and "healed" in found:
+                rows.append(_row(self.plan, n, block.kept(self.plan.layers), True, found["healed"]))
+        return self.folder.once("eval.json", lambda: found), rows
+
+    def depths(self, ranking: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+        """The other depths of the curve: the source, loaded once, with each block cut virtually."""
+        others = [n for n in self.plan.curve if n != self.plan.n]
+        names = {n: f".work/curve-{n}.json" for n in others}
+        if all((self.path / name).exists() for name in names.values()):
+            return {n: read_json(self.path / name) for n, name in names.items()}
+        from layerprune.model.decoder import view_decoder, virtual_cut
+
+        live, tokenizer = self.load(self.plan.source.folder)
+        decoder = view_decoder(live)
+        found = {}
+        for n in others:
+            block = self.block(n, ranking)
+
+            def make(block: Block = block) -> dict[str, Any]:
+                self.say(f"curve: {block.size} of {self.plan.layers} layers dropped ({block})")
+                with virtual_cut(decoder, block.kept(self.plan.layers)):
+                    return self.measure(live, tokenizer, curve=True)
+
+            found[n] = self.folder.once(names[n], make)
+        return found
+
+    def draw(self, ranking: dict[str, Any], curve: dict[str, Any]) -> list[str]:
+        from layerprune.plots import plot_curves, plot_distances
+
+        label = self.plan.source.label
+        files = plot_curves(curve, self.path / "figures", label) + plot_distances(ranking, self.path / "figures", label)
+        return [str(file.relative_to(self.path)) for file in files]
+
+    def result(self, evaluation: dict[str, Any], block: Block, distance: float, figures: list[str]) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "model": plan.source.name,
+            "layers": plan.layers,
+            "strategy": plan.strategy,
+            "drop": plan.drop,
+            "dropped": str(block),
+            "kept": list(block.kept(plan.layers)),
+            "distance": distance,
+            "rows": [{"model": name, **_summary(measured)} for name, measured in evaluation.items()],
+            "folder": str(self.path),
+            "checkpoint": str(self.path / ("pruned" if plan.heal is None else "healed")),
+            "figures": figures,
+        }
+
+
+def _sizes(folder: Path) -> dict[str, Any]:
+    stored = read_checkpoint(folder)
+    layers = layer_count(load_config(folder, trust_remote_code=True))
+    parameters = sum(tensor.numel for tensor in stored.values())
+    return {"layers": layers, "parameters": parameters, "bytes": sum(t.nbytes for t in stored.values())}
+
+
+def _scores(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Accuracies as `task/metric`: value, stderr, chance."""
+    table = measured["tasks"]["table"] if measured["tasks"] else []
+    return {f"{r['task']}/{r['metric']}": {k: r[k] for k in ("value", "stderr", "chance")} for r in table}
+
+
+def _summary(measured: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: measured[key] for key in ("layers", "parameters", "bytes")},
+        "loss": measured["loss"]["normalised"],
+        "tasks": _scores(measured),
+        "tokens_per_second": measured["speed"]["tokens_per_second"],
+    }
+
+
+def _row(plan: Plan, n: int, kept: Sequence[int], healed: bool, measured: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "strategy": plan.strategy,
+        "n": n,
+        "fraction": n / plan.layers,
+        "healed": healed,
+        "kept": list(kept),
+        "loss": measured["loss"]["normalised"],
+        "tasks": _scores(measured),
+    }
+
+
+def _cost(plan: Plan, out: Path) -> str:
+    """Disk and time of a run, estimated; refuses a disk that cannot hold it."""
+    from layerprune.model.estimate import DEVICES, estimate, shape_of_checkpoint
+
+    try:
+        shape, width = shape_of_checkpoint(plan.source.folder)
+    except Refused:
+        return "its cost cannot be estimated (the checkpoint is quantised already)"
+    base = plan.source.recipe
+    heal = replace(plan.heal, steps=plan.heal_options["steps"] or plan.heal.steps) if plan.heal else HealSettings(steps=1)
+    imagined = Recipe(
+        name=plan.source.label,
+        model=plan.source.name,
+        origin=base.origin if base else "ours",
+        shape=shape,
+        rank=replace(base.rank, **plan.rank) if base else replace(Recipe.rank, **plan.rank),
+        heal=replace(heal, length=plan.heal_options["length"] or heal.length),
+        eval=replace(plan.evaluation, tasks={t: s or 0 for t, s in plan.tasks.items()}),
+    )
+    kind = DEVICES["cpu" if plan.device == "cpu" else "h100"]
+    found = estimate(imagined, plan.n / plan.layers, kind, width)
+    names = ["pruned"] if plan.heal is None else ["pruned", "healed", "work"]
+    need = sum(found.disk[name] for name in names)
+    room = free_bytes(out)
+    done = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
+    if need > room + done:
+        raise Refused(f"the disk is full: the run needs about {need / 1e9:.2f} GB at {out} and {room / 1e9:.2f} GB are free")
+    hours = sum(s.hours * (1 if s.name in ("rank", "heal") else 2 + len(plan.curve)) for s in found.steps)
+    hours -= 0 if plan.heal else next(s.hours for s in found.steps if s.name == "heal")
+    unknown = f" (without the tasks {', '.join(found.unknown_tasks)})" if found.unknown_tasks else ""
+    return f"estimate: {_bytes(need)} of disk, {_time(hours)} on one {kind.name}{unknown}"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _time(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    return f"{hours * 60:.0f} minutes" if hours * 60 >= 1.5 else f"{hours * 3600:.0f} seconds"
+
+
+def rank(model: str | Path, out: str | Path | None = None, **settings: Any) -> dict[str, Any]:
+    """`rank_blocks`, written to a new folder as rank.json and figures/; returns the ranking with `folder`."""
+    from layerprune.plots import plot_distances
+    from layerprune.prune.rank import rank_blocks
+
+    label, folder = _label(model), default_folder(out, model, "rank")
+    ranking = rank_blocks(model, **settings)
+    with new_folder(folder) as made:
+        write_json(made / "rank.json", ranking)
+        plot_distances(ranking, made / "figures", label)
+    return {**ranking, "folder": str(folder)}
+
+
+def format_rank(ranking: Mapping[str, Any]) -> str:
+    """The best block of some sizes as a table, and where the ranking is."""
+    layers = ranking["layers"]
+    lines = [f"{layers} layers, {ranking['settings']['documents']} documents", "", "  n  fraction    block  distance"]
+    for n in sorted({max(1, round(layers * step / 20)) for step in range(1, 20)} - {layers}):
+        start = ranking["best"][str(n)]
+        block = f"{start}:{start + n}"
+        lines.append(f"{n:>3}  {n / layers:>8.3f}  {block:>7}  {ranking['distance'][n - 1][start]:>8.4f}")
+    return "\n".join([*lines, "", f"{ranking['folder']}: rank.json, figures/"])
+
+
+def default_folder(out: str | Path | None, model: str | Path, what: str) -> Path:
+    """The folder of a step's result: the one asked for, else runs/<model>-<what>; it must not exist."""
+    folder = Path(out) if out is not None else Path("runs") / f"{_label(model)}-{what}"
+    must_not_exist(folder)
+    return folder
+
+
+def prune_folder(out: str | None, model: str, drop: float | None, layers: str | None, strategy: str, **rest: Any) -> Path:
+    """Where `prune` writes when it is not told."""
+    chosen = f"{strategy}-{drop:g}" if drop is not None else f"layers-{str(layers).replace(':', '-')}"
+    return default_folder(out, model, f"{chosen}-pruned")
+
+
+def _label(model: str | Path) -> str:
+    return ModelSource(str(model), Path(), None, None, None).label
