@@ -1,0 +1,54 @@
+"""What every benchmark records beside its numbers: commit, device, versions, command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def commit() -> str:
+    """The commit that is measured; LAYERPRUNE_COMMIT where the code runs outside its repository."""
+    if "LAYERPRUNE_COMMIT" in os.environ:
+        return os.environ["LAYERPRUNE_COMMIT"]
+    root = Path(__file__).parent.parent
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def device_name(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":")[1].strip() if names else model
+    return f"{os.cpu_count()} cores, {model}"
+
+
+def write_record(out: str | None, device: str, shape: dict[str, Any], result: dict[str, Any]) -> None:
+    """Print the result, and write it with what identifies the measurement to `out`."""
+    record = {
+        "commit": commit(),
+        "command": " ".join(["python", *map(_plain, sys.argv)]),
+        "device": device_name(device),
+        "shape": shape,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        **result,
+    }
+    text = json.dumps(record, indent=2)
+    print(text)
+    if out:
+        Path(out).write_text(text + "\n")
+
+
+def _plain(argument: str) -> str:
+    """Arguments without the folders of the machine that measured."""
+    return "/".join(argument.split("/")[-2:]) if argument.startswith("/") else argument
