@@ -1,0 +1,113 @@
+"""The command line's contract: flags, exit codes, streams, and what --help may cost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from layerprune.cli import main
+
+# Flags are a promise to scripts: a change here is a change of the interface, and belongs in the log.
+COMMON = {"--model", "--length", "--seed", "--device", "--trust-remote-code", "--out", "--json", "-v", "--verbose", "-h", "--help"}
+DATA = {"--samples", "--dtype"}
+TASKS = {"--tasks", "--num-fewshot", "--limit", "--task-folder", "--batch-size"}
+FLAGS = {
+    "run": COMMON
+    | DATA
+    | TASKS
+    | {"--drop", "--strategy", "--calibration", "--heal-data", "--eval-data", "--heal-steps", "--no-heal", "--curve"}
+    | {"--verify", "--no-verify"},
+    "rank": COMMON | DATA | {"--calibration"},
+    "prune": COMMON
+    | DATA
+    | {"--drop", "--layers", "--strategy", "--ranking", "--calibration", "--dry-run", "--verify", "--no-verify"},
+    "heal": COMMON | {"--heal-data", "--heal-steps", "--learning-rate", "--lora-rank", "--batch-size", "--micro-batch"},
+    "eval": COMMON | DATA | TASKS | {"--eval-data", "--no-loss"},
+    "recipes": {"--json", "-h", "--help"},
+    "check": {"--drop", "--device", "--json", "-h", "--help"},
+}
+
+
+def flags_of(command: str) -> set[str]:
+    context = main.commands[command].make_context(command, [], resilient_parsing=True)
+    params = main.commands[command].get_params(context)
+    return {name for p in params if p.param_type_name == "option" for name in (*p.opts, *p.secondary_opts)}
+
+
+def test_all_commands_are_known() -> None:
+    assert set(main.commands) == set(FLAGS)
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_flags_are_frozen(command: str) -> None:
+    help_names = {"-h", "--help"}  # added by the group's settings, not by the command
+    assert flags_of(command) | help_names == FLAGS[command] | help_names
+
+
+@pytest.mark.parametrize("command", ["", *FLAGS])
+def test_help_is_cheap(command: str) -> None:
+    code = (
+        "import sys\nfrom layerprune.cli import main\n"
+        f"try:\n    main([{repr(command) + ', ' if command else ''}'--help'])\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'lm_eval', 'datasets', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "Usage:" in found.stdout
+
+
+def test_version() -> None:
+    import layerprune
+
+    assert layerprune.__version__ in CliRunner().invoke(main, ["--version"]).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["run", "--model", "lama-2-7b", "--drop", "0.4"], 2, ["lama-2-7b", "llama-2-7b"]),
+        (["run", "--model", "llama-2-7b"], 2, ["--drop"]),
+        (["recipes", "qwen-77b"], 2, ["qwen-77b", "qwen-7b"]),
+        (["check", "no-such.yaml"], 2, ["no-such.yaml", "does not exist"]),
+        (["check", "llama-2-7b", "--drop", "0.999"], 2, ["0.999", "32", "at least one must stay"]),
+        (["prune", "--model", "."], 2, ["--drop", "--layers"]),
+        (["nonsense"], 2, ["nonsense"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(
+    arguments: list[str], code: int, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(main, arguments)
+    assert found.exit_code == code
+    assert found.stdout == ""
+    errors = [line for line in found.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and "Traceback" not in found.stderr
+    for word in words:
+        assert word in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_lists_and_shows() -> None:
+    runner = CliRunner()
+    listed = runner.invoke(main, ["recipes"])
+    assert listed.exit_code == 0
+    names = [line.split()[0] for line in listed.stdout.splitlines()[1:]]
+    assert "llama-2-70b" in names and names == sorted(names)
+    shown = runner.invoke(main, ["recipes", "llama-2-70b"])
+    assert "lora_rank: 8" in shown.stdout and "meta-llama/Llama-2-70b-hf" in shown.stdout
+    one = json.loads(runner.invoke(main, ["recipes", "llama-2-70b", "--json"]).stdout)
+    assert one[0]["heal"]["lora_rank"] == 8
+
+
+def test_check_prints_what_a_run_needs() -> None:
+    found = CliRunner().invoke(main, ["check", "llama-2-70b", "--drop", "0.4"])
+    assert found.exit_code == 0
+    assert "drops 32 layers and keeps 48" in found.stdout
+    assert json.loads(CliRunner().invoke(main, ["check", "llama-2-70b", "--json"]).stdout)["dropped"] == 32
