@@ -19,8 +19,20 @@ import torch
 from record import write_record
 
 SHAPES = {
-    "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000},
-    "llama-2-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40, "vocab_size": 32000},
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
+    "llama-2-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "vocab_size": 32000,
+    },
 }
 
 
@@ -40,7 +52,9 @@ def main() -> None:
     from layerprune.model.source import load_model
     from layerprune.prune.rank import rank_decoder
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--model", help="a checkpoint folder instead of random weights of a shape")
@@ -95,7 +109,12 @@ def main() -> None:
         result["bare_peak_bytes"] = max(a[1] for a, _ in rounds)
         result["rank_peak_bytes"] = max(b[1] for _, b in rounds)
         result["memory_ratio"] = result["rank_peak_bytes"] / result["bare_peak_bytes"]
-    shape = {"hidden": model.config.hidden_size, "layers": len(decoder), "dtype": str(model.dtype), "length": given.length}
+    shape = {
+        "hidden": model.config.hidden_size,
+        "layers": len(decoder),
+        "dtype": str(model.dtype),
+        "length": given.length,
+    }
     write_record(given.out, given.device, {**shape, "batch": given.batch}, result)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from layerprune.cli import main
 
 # Flags are a promise to scripts: a change here is a change of the interface, and belongs in the log.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from layerprune.model.cuts import Block, check_kept, describe_dropped, drop_count, last_block, parse_layers
 from layerprune.model.errors import UsageError
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
 from layerprune.model.decoder import view_decoder
 from layerprune.model.errors import Refused
 from layerprune.prune.rank import angles_L1L1, best_starts, rank_decoder
-from torch import nn
-from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
 def llama(layers: int = 6, seed: int = 0) -> Any:

@@ -1,0 +1,195 @@
+"""`layerprune run` from end to end on a tiny model: its folder, its resume after SIGKILL, its refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layerprune.model.errors import UsageError
+from layerprune.runfolder import MANIFEST, open_run
+
+WORDS = "the a salt mill river goes to by over and stone town lamp bird low high walks sings sees under".split()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random Llama, data files and one multiple-choice task."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices(WORDS, k=rng.randint(30, 80))) for _ in range(120)]
+    for name, part in (("calibration", documents[:10]), ("heal", documents[10:110]), ("loss", documents[110:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(documents, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=2,
+        max_position_embeddings=128, initializer_range=0.1, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    items = [
+        {"question": " ".join(rng.choices(WORDS, k=5)), "choices": rng.sample(WORDS, 3), "gold": rng.randrange(3)}
+        for _ in range(12)
+    ]
+    (tasks / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tasks / "tiny.yaml").write_text(
+        f"task: tiny\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tasks / 'items.jsonl'}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\ndoc_to_target: gold\n"
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    return folder
+
+
+def command(inputs: Path, out: Path, *more: str) -> list[str]:
+    options = {
+        "--model": inputs / "model", "--drop": "0.375", "--calibration": inputs / "calibration.jsonl",
+        "--heal-data": inputs / "heal.jsonl", "--eval-data": inputs / "loss.jsonl", "--task-folder": inputs / "tasks",
+        "--tasks": "tiny", "--heal-steps": "8", "--length": "32", "--curve": "0.25,0.5", "--out": out, "--device": "cpu",
+    }  # fmt: skip
+    parts = [str(part) for pair in options.items() for part in pair]
+    return [sys.executable, "-m", "layerprune", "run", *parts, *more]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run(inputs: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(inputs, out, *more), capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def kill_at(inputs: Path, out: Path, words: str) -> None:
+    """Start the run, and kill it the moment that its progress shows `words`."""
+    process = subprocess.Popen(command(inputs, out), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+    assert process.stderr is not None
+    seen = b""
+    while words.encode() not in seen:
+        byte = process.stderr.read1(4096)
+        assert byte, f"the run ended before {words!r}: {seen.decode()}"
+        seen += byte
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stderr.close()
+
+
+TIMINGS = {"seconds", "speed", "tokens_per_second", "done", "losses_seconds", "tokens_per_second_training"}
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Everything that a run leaves, timings aside."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".json" and path.is_file():
+            found[name] = without_timings(json.loads(path.read_text().replace(str(folder), "FOLDER")))
+        elif path.suffix in (".safetensors", ".svg"):
+            found[name] = path.read_bytes()
+        else:
+            found[name] = None
+    return found
+
+
+def without_timings(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_timings(v) for k, v in value.items() if k not in TIMINGS}
+    return [without_timings(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    found = run(inputs, out)
+    assert found.returncode == 0, found.stderr
+    assert "after healing" in found.stdout and str(out / "healed") in found.stdout
+    return out
+
+
+def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
+    names = {path.name for path in undisturbed.iterdir()}
+    promised = {"manifest.json", "rank.json", "pruned", "healed", "adapter", "eval.json", "curve.json", "figures"}
+    assert names == promised
+    result = json.loads((undisturbed / MANIFEST).read_text())["result"]
+    assert [row["model"] for row in result["rows"]] == ["whole", "pruned", "healed"]
+    assert [row["layers"] for row in result["rows"]] == [8, 5, 5]
+    curve = json.loads((undisturbed / "curve.json").read_text())
+    assert [(row["n"], row["healed"]) for row in curve["rows"]] == [(0, False), (2, False), (3, False), (3, True), (4, False)]
+    for row in curve["rows"]:
+        assert 0 < row["loss"] < 3 and 0 <= row["tasks"]["tiny/acc"]["value"] <= 1
+        assert len(row["kept"]) == 8 - row["n"]
+
+
+def test_the_checkpoint_is_served_by_plain_transformers(undisturbed: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(undisturbed / "healed")
+    model, info = AutoModelForCausalLM.from_pretrained(undisturbed / "healed", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = tokenizer("the salt mill", return_tensors="pt")
+    cached = model.generate(**ids, max_new_tokens=8, do_sample=False, use_cache=True)
+    assert torch.equal(cached, model.generate(**ids, max_new_tokens=8, do_sample=False, use_cache=False))
+
+
+def test_the_same_command_again_does_nothing(inputs: Path, undisturbed: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    found = run(inputs, undisturbed)
+    assert found.returncode == 0 and "after healing" in found.stdout
+    after = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    before.pop(undisturbed, None), after.pop(undisturbed, None)
+    assert before == after
+    as_json = json.loads(run(inputs, undisturbed, "--json").stdout)
+    assert as_json["checkpoint"] == str(undisturbed / "healed")
+
+
+def test_other_inputs_are_refused(inputs: Path, undisturbed: Path) -> None:
+    found = run(inputs, undisturbed, "--seed", "1")
+    assert found.returncode == 2
+    assert "seed was 0, now 1" in found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_run_killed_in_every_phase_ends_with_the_same_results(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    for words in ("ranking all blocks", "cutting the block out", "healing", "evaluating pruned", "curve: "):
+        kill_at(inputs, out, words)
+        assert not (out / "figures").exists()
+    found = run(inputs, out)
+    assert found.returncode == 0, found.stderr
+    assert "ranking all blocks" not in found.stderr and "healing" not in found.stderr.replace("after healing", "")
+    expected, ours = results(undisturbed), results(out)
+    assert expected.keys() == ours.keys()
+    different = [name for name in expected if expected[name] != ours[name]]
+    assert not different
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    from layerprune.model.errors import Refused
+
+    out = tmp_path / "run"
+    with open_run(out, {"a": 1}), pytest.raises(Refused, match="another process"), open_run(out, {"a": 1}):
+        pass
+    with open_run(out, {"a": 1}) as again:
+        assert not again.finished
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="exists already"), open_run(tmp_path, {}):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
