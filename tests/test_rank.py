@@ -40,33 +40,35 @@ def documents(seed: int = 1, count: int = 12, vocab: int = 101) -> list[list[int
 
 def brute_force(model: Any, sequences: list[list[int]]) -> list[list[float]]:
     """One document at a time, hooks on the layers, arccos in fp64, sums in plain Python."""
-    layers = view_decoder(model).layers
-    count = len(layers)
+    count = len(view_decoder(model))
     sums = [[0.0] * (count + 1) for _ in range(count + 1)]
     for ids in sequences:
-        seen: list[torch.Tensor] = []
-        hooks = [
-            layer.register_forward_pre_hook(
-                lambda m, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"])[0, -1].double()),
-                with_kwargs=True,
-            )
-            for layer in layers
-        ]
-        hooks.append(
-            layers[-1].register_forward_hook(
-                lambda m, args, output: seen.append((output[0] if isinstance(output, tuple) else output)[0, -1].double())
-            )
-        )
-        with torch.no_grad():
-            model(input_ids=torch.tensor([ids]), use_cache=False)
-        for hook in hooks:
-            hook.remove()
+        seen = states_by_hooks(model, ids)
         assert len(seen) == count + 1
         for i in range(count + 1):
             for j in range(i + 1, count + 1):
                 cosine = (seen[i] @ seen[j] / seen[i].norm() / seen[j].norm()).item()
                 sums[i][j] += math.acos(max(-1.0, min(1.0, cosine))) / math.pi
     return [[sums[i][i + n] / len(sequences) for i in range(count - n + 1)] for n in range(1, count)]
+
+
+def states_by_hooks(model: Any, ids: list[int]) -> list[torch.Tensor]:
+    """The last token's input of every layer, and the last layer's output."""
+    layers, seen = view_decoder(model).layers, []
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"])[0, -1].double())
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output)[0, -1].double())
+
+    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(after))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def difference(a: list[list[float]], b: list[list[float]]) -> float:
@@ -76,7 +78,8 @@ def difference(a: list[list[float]], b: list[list[float]]) -> float:
 
 def gpt2() -> Any:
     torch.manual_seed(0)
-    return uneven(GPT2LMHeadModel(GPT2Config(vocab_size=101, n_embd=32, n_layer=5, n_head=4, n_positions=64, initializer_range=0.2)))
+    config = GPT2Config(vocab_size=101, n_embd=32, n_layer=5, n_head=4, n_positions=64, initializer_range=0.2)
+    return uneven(GPT2LMHeadModel(config))
 
 
 def falcon() -> Any:
