@@ -11,7 +11,7 @@ from typing import Any
 from layerprune.eval.tasks import TaskSet, load_tasks, score_tasks
 from layerprune.model.data import batches, check_data, read_documents, tokenise
 from layerprune.model.errors import UsageError
-from layerprune.model.files import must_not_exist, read_json, write_json
+from layerprune.model.files import made_folder, must_not_exist, read_json, write_json
 from layerprune.model.recipes import EvalSettings, Recipe
 
 Shots = dict[str, int | None]
@@ -21,10 +21,10 @@ def loss_sequences(
     tokenizer: Any, config: Any, data: str, samples: int | None, length: int | None, seed: int = 0
 ) -> list[list[int]]:
     """Token ids of the validation documents: each truncated at `length`, those of fewer than 2 tokens left out."""
-    from layerprune.model.source import pick_length
+    from layerprune.model.source import pick_length, vocab_size
 
     documents = read_documents(data, "validation", samples, seed)
-    return tokenise(tokenizer, documents, pick_length(length, config), at_least=2)
+    return tokenise(tokenizer, documents, pick_length(length, config), at_least=2, vocab=vocab_size(config))
 
 
 def measure_loss(
@@ -171,7 +171,7 @@ def evaluate_checkpoint(
     if not asked and not loss:
         raise UsageError("nothing to measure: give --tasks, or leave the loss on")
     if loss:
-        check_data(data, "--data")
+        check_data(data, "--eval-data")
     ready = load_tasks(asked, folder, seed) if asked else None
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -209,8 +209,8 @@ def evaluate_checkpoint(
         "seconds": round(time.monotonic() - start, 3),
     }
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(out), result)
+        with made_folder(Path(out).parent):
+            write_json(Path(out), result)
     return result
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerprune.model.errors import Refused, UsageError
+from layerprune.model.errors import Refused, UsageError, network_errors
 from layerprune.model.source import one_line
 
 ACCURACIES = ("acc", "exact_match", "em")
@@ -72,13 +72,12 @@ def load_tasks(
 
 
 def _load_one(manager: Any, name: str) -> dict[str, Any]:
-    import httpx
     from datasets.exceptions import DatasetsError
 
     try:
         with _quiet():
             return manager.load([name])
-    except (OSError, ValueError, DatasetsError, httpx.HTTPError) as error:
+    except (ValueError, DatasetsError, *network_errors()) as error:
         raise Refused(
             f"the data set of task {name} cannot be loaded: {one_line(error)}; it has to be in the local cache, "
             "a local file, or within reach of the network"

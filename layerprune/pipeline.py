@@ -13,7 +13,7 @@ from layerprune.model.data import check_data, data_fingerprint
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import free_bytes, must_not_exist, new_folder, read_json, write_json
 from layerprune.model.recipes import EvalSettings, HealSettings, Recipe
-from layerprune.model.source import ModelSource, find_model, layer_count, load_config, pick_device
+from layerprune.model.source import ModelSource, find_model, layer_count, load_config, pick_device, pick_dtype, pick_length
 from layerprune.model.tensors import read_checkpoint
 from layerprune.runfolder import RunFolder, fingerprint, open_run
 
@@ -107,8 +107,13 @@ def plan_run(
     for option, number in (("--samples", samples), ("--limit", limit), ("--heal-steps", heal_steps)):
         if number is not None and number < 1:
             raise UsageError(f"{option} {number} is not a number above 0")
+    for fraction in curve or ():
+        if not 0 < fraction < 1:
+            raise UsageError(f"--curve {fraction:g} is not a fraction between 0 and 1, such as 0.4")
+    pick_dtype(dtype, pick_device(device))
     source = find_model(str(model))
-    layers = layer_count(load_config(source.folder, trust_remote_code))
+    config = load_config(source.folder, trust_remote_code)
+    layers = layer_count(config)
     n = drop_count(drop, layers)
     if strategy == "last":
         last_block(n, layers)
@@ -117,10 +122,12 @@ def plan_run(
     evaluation = EvalSettings(
         data=eval_data or (recipe.data_path(base.data) if recipe else base.data),
         samples=samples or base.samples,
-        length=length or base.length,
+        length=base.length if length is None else length,
         limit=limit or base.limit,
     )
     ranking = rank_settings(source, calibration, samples, length)
+    pick_length(ranking["length"], config)
+    pick_length(evaluation.length, config)
     healing = None
     if heal:
         healing = recipe.heal if recipe else HealSettings()
@@ -143,7 +150,7 @@ def plan_run(
         task_folder=None if folder is None else str(folder),
         heal=healing,
         heal_options={"steps": heal_steps, "length": length},
-        curve=tuple(sorted({drop_count(f, layers) for f in fractions if round(f * layers, 9) >= 0.5} | {n})),
+        curve=tuple(sorted({drop_count(f, layers) for f in fractions if 0.5 <= round(f * layers, 9) < layers - 0.5} | {n})),
         seed=seed,
         dtype=dtype,
         device=pick_device(device),
@@ -169,6 +176,8 @@ def run(
     adapter/, eval.json, curve.json and figures/. A folder with a run of the same inputs is resumed; a finished one is
     only read. Returns the result that `layerprune.report.format_run` prints. Raises UsageError and Refused.
     """
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size} is not a number above 0")
     plan = plan_run(model, drop, **settings)
     folder = Path(out) if out is not None else Path("runs") / f"{plan.source.label}-{plan.strategy}-{drop:g}"
     with open_run(folder, plan.inputs()) as opened:
@@ -190,8 +199,7 @@ class _Run:
 
     def all(self) -> dict[str, Any]:
         self.announce()
-        if self.plan.tasks:
-            self.ready()  # an unknown task or one without data ends the run here, not hours later
+        self.ready()  # an unknown task, or data that measures nothing, ends the run here, not hours later
         with self.folder.phase("rank"):
             ranking = self.rank()
         block = self.block(self.plan.n, ranking)

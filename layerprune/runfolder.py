@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprune.model.errors import Refused, UsageError
-from layerprune.model.files import must_not_exist, no_space_refusal, read_json, write_json
+from layerprune.model.files import made_folder, must_not_exist, no_space_refusal, read_json, write_json
 from layerprune.model.tensors import read_checkpoint
 
 MANIFEST = "manifest.json"
@@ -77,17 +77,29 @@ def open_run(path: Path, inputs: dict[str, Any]) -> Iterator[RunFolder]:
             pass
         else:
             must_not_exist(path)
-    with no_space_refusal(path):
-        path.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
-            if manifest_path.exists():
-                manifest = read_json(manifest_path)
-                _same_inputs(path, manifest, inputs)
-            else:
+    with no_space_refusal(path), made_folder(path), _locked(path):
+        new = not manifest_path.exists()
+        try:
+            if new:
                 versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
                 manifest = {"inputs": inputs, "versions": versions, "finished": False, "done": {}}
                 write_json(manifest_path, manifest)
+            else:
+                manifest = read_json(manifest_path)
+                _same_inputs(path, manifest, inputs)
             yield RunFolder(path, manifest)
+        except BaseException:
+            if new:
+                _remove_unless_something_was_found(path)
+            raise
+
+
+def _remove_unless_something_was_found(path: Path) -> None:
+    """Take a new run's manifest away when there is no result yet beside it, so that nothing is left of a refusal."""
+    if not any(p.is_file() for p in path.rglob("*") if p not in (path / MANIFEST, path / ".lock")):
+        (path / MANIFEST).unlink(missing_ok=True)
+        for folder in sorted((p for p in path.rglob("*") if p.is_dir()), reverse=True):
+            folder.rmdir()
 
 
 def _same_inputs(path: Path, manifest: Any, inputs: Mapping[str, Any]) -> None:
@@ -117,8 +129,10 @@ def _locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Refused(f"another process is at work in {path}: wait for it, or choose another --out") from None
-        yield
-    (path / ".lock").unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            (path / ".lock").unlink(missing_ok=True)
 
 
 def fingerprint(folder: Path) -> str:

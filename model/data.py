@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
 import json
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from layerprune.model.errors import Refused, UsageError
+from layerprune.model.errors import Refused, UsageError, network_errors
 
 C4_ID = "allenai/c4"
 C4_REVISION = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
@@ -42,15 +45,7 @@ def read_documents(data: str, split: str, samples: int | None, seed: int = 0) ->
     """
     rng = random.Random(seed)
     if data == "c4":
-        found: list[str] = []
-        for shard in _c4_order(split, rng):
-            path = _c4_shard(split, shard)
-            documents = list(_json_lines(path))
-            rng.shuffle(documents)
-            found += documents
-            if samples is not None and len(found) >= samples:
-                break
-        return found[:samples]
+        return list(islice(_c4_documents(split, rng), samples))
     path = Path(data).expanduser()
     documents = list(_local_documents(path))
     if not documents:
@@ -59,6 +54,27 @@ def read_documents(data: str, split: str, samples: int | None, seed: int = 0) ->
         chosen = sorted(rng.sample(range(len(documents)), samples))
         return [documents[i] for i in chosen]
     return documents
+
+
+def stream_documents(data: str, split: str, seed: int = 0) -> Iterator[str]:
+    """All documents of a file or of C4, one by one, in an order that only `seed` decides.
+
+    A file is read whole and shuffled; from C4 one shard is fetched when the one before it is used up.
+    """
+    rng = random.Random(seed)
+    if data == "c4":
+        yield from _c4_documents(split, rng)
+        return
+    documents = read_documents(data, split, None)
+    rng.shuffle(documents)
+    yield from documents
+
+
+def _c4_documents(split: str, rng: random.Random) -> Iterator[str]:
+    for shard in _c4_order(split, rng):
+        documents = list(_json_lines(_c4_shard(split, shard)))
+        rng.shuffle(documents)
+        yield from documents
 
 
 def check_data(data: str, option: str, split: str | None = None, seed: int = 0) -> None:
@@ -109,35 +125,69 @@ def data_fingerprint(data: str) -> str:
 
 def _c4_shard(split: str, shard: int) -> Path:
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     name = _c4_name(split, shard)
-    last: Exception | None = None
+    last = ""
     for _attempt in range(3):
         try:
             return Path(hf_hub_download(C4_ID, name, repo_type="dataset", revision=C4_REVISION))
         except LocalEntryNotFoundError as error:
             why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
             raise Refused(f"C4 ({name}) is not in the local Hub cache and {why}: give a local file instead of c4") from error
-        except (HfHubHTTPError, OSError) as error:
-            # A connection cut in mid-shard: the next attempt goes on where the partial file ends.
-            last = error
-    raise Refused(f"C4 ({name}) could not be downloaded: {last}")
+        except network_errors() as error:  # such as a connection that was cut in mid-shard
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                full = f"the disk of the Hub cache ({constants.HF_HUB_CACHE}) is full"
+                raise Refused(f"C4 ({name}) could not be downloaded: {full}") from error
+            last = " ".join(str(error).split()) or type(error).__name__
+    raise Refused(f"C4 ({name}) could not be downloaded in 3 attempts: {last}")
 
 
 def _open(path: Path) -> IO[str]:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")
     if path.suffix in (".zst", ".zstd"):
-        import zstandard
-
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(open(path, "rb")), encoding="utf-8")
+        return io.TextIOWrapper(io.BufferedReader(_ZstdFile(path)), encoding="utf-8")
     return open(path, encoding="utf-8")
 
 
-def _json_lines(path: Path) -> Iterator[str]:
-    import zstandard
+class _ZstdFile(io.RawIOBase):
+    """The decompressed bytes of all frames of a file; zstandard's own readers end silently where one is truncated."""
 
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 (closed with this object)
+        self._frame: Any = None
+        self._left = b""  # compressed bytes that are read and not yet used
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        import zstandard
+
+        while not self._ready:
+            data = self._left or self._file.read(1 << 17)
+            self._left = b""
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the file is truncated")
+                return 0
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._ready = memoryview(self._frame.decompress(data))
+            if self._frame.eof:
+                self._left, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def _json_lines(path: Path) -> Iterator[str]:
     number = 0
     try:
         with _open(path) as file:
@@ -150,14 +200,12 @@ def _json_lines(path: Path) -> Iterator[str]:
                         yield text
     except (json.JSONDecodeError, KeyError, TypeError):
         raise Refused(f"line {number} of {path} is not a JSON object with a `text` string") from None
-    except (EOFError, OSError, zstandard.ZstdError, UnicodeDecodeError) as error:
+    except _unreadable() as error:
         raise Refused(f"{path} cannot be read: {error or 'truncated'}") from error
 
 
 def _local_documents(path: Path) -> Iterator[str]:
     """Documents of a local file; a first line that is a JSON object makes it JSONL, else it is plain text."""
-    import zstandard
-
     if not path.is_file():
         raise Refused(f"the data file {path} does not exist")
     try:
@@ -169,6 +217,8 @@ def _local_documents(path: Path) -> Iterator[str]:
         paragraph: list[str] = []
         with _open(path) as file:
             for line in file:
+                if "\0" in line:
+                    raise Refused(f"{path} cannot be read as text: it holds zero bytes")
                 if line.strip():
                     paragraph.append(line)
                 elif paragraph:
@@ -176,14 +226,23 @@ def _local_documents(path: Path) -> Iterator[str]:
                     paragraph = []
         if paragraph:
             yield "".join(paragraph).strip()
-    except (EOFError, OSError, zstandard.ZstdError, UnicodeDecodeError) as error:
+    except _unreadable() as error:
         raise Refused(f"{path} cannot be read as text: {error or 'truncated'}") from error
 
 
-def tokenise(tokenizer: Any, documents: Sequence[str], length: int, at_least: int = 1) -> list[list[int]]:
+def _unreadable() -> tuple[type[Exception], ...]:
+    import zstandard
+
+    return EOFError, OSError, zlib.error, zstandard.ZstdError, UnicodeDecodeError
+
+
+def tokenise(
+    tokenizer: Any, documents: Sequence[str], length: int, at_least: int = 1, vocab: int | None = None
+) -> list[list[int]]:
     """Token ids of each document, with the tokenizer's own special tokens, truncated at `length` tokens.
 
-    Documents of fewer than `at_least` tokens are left out; Refused when none remains.
+    Documents of fewer than `at_least` tokens are left out; Refused when none remains, and when an id is not below
+    `vocab`, the number of tokens that the model knows.
     """
     kept = []
     for start in range(0, len(documents), 1024):
@@ -192,6 +251,9 @@ def tokenise(tokenizer: Any, documents: Sequence[str], length: int, at_least: in
     kept = [ids for ids in kept if len(ids) >= at_least]
     if not kept:
         raise Refused(f"all {len(documents)} documents are shorter than {at_least} tokens: nothing can be measured on them")
+    largest = max(map(max, kept))
+    if vocab is not None and largest >= vocab:
+        raise Refused(f"the tokenizer does not belong to this model: it makes token id {largest}, the model has {vocab} tokens")
     return kept
 
 

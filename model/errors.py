@@ -17,3 +17,13 @@ class UsageError(LayerpruneError):
 
 class Refused(LayerpruneError):
     """The input cannot be used, or the result would be wrong: exit code 1."""
+
+
+def network_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises when a connection fails: OSError, and the root error of its HTTP library.
+
+    That library is httpx or one of its successors; the client's own errors derive from its root error.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
@@ -42,21 +43,54 @@ def read_json(path: Path) -> Any:
 
 
 def must_not_exist(out: Path) -> None:
-    """Refuse an output path that holds something already."""
+    """Refuse an output path that holds something already, or one that cannot be made."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out} exists already and is left as it is: choose another --out or remove it first")
+    above = _nearest_existing(out)
+    if not above.is_dir():
+        raise UsageError(f"{out} cannot be made because {above} is a file: choose another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise Refused(f"{out} cannot be written because {above} is read-only: choose another --out")
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 @contextlib.contextmanager
 def no_space_refusal(target: Path) -> Iterator[None]:
-    """Turn a full disk, a quota or a read-only place into one sentence."""
+    """Turn a full disk, a quota or a read-only place into one sentence about `target`.
+
+    One that an inner file was refused with already becomes a sentence about `target` too.
+    """
     try:
         yield
-    except OSError as error:
+    except (OSError, Refused) as told:
+        error = told.__cause__ if isinstance(told, Refused) else told
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Refused(f"the disk is full: could not write {target}; nothing was left there") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise Refused(f"{target} cannot be written: {error.strerror}") from error
+            named = f" ({error.filename})" if error.filename else ""
+            raise Refused(f"{target} cannot be written: {error.strerror}{named}") from error
+        raise
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; when the block fails, those of them that are empty go again."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
         raise
 
 
@@ -67,24 +101,21 @@ def new_folder(out: Path) -> Iterator[Path]:
     A process killed inside the block leaves only `.NAME.PID.partial`, which the next call for the same
     `out` removes. Raises UsageError where `out` holds something already.
     """
-    out = out.absolute()
     must_not_exist(out)
-    with no_space_refusal(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f".{out.name}.*.partial"):
+    out = out.resolve()  # a link to an empty folder elsewhere: the sibling belongs there
+    temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
+    with no_space_refusal(out), made_folder(out.parent):
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
             if not _alive(stale.name.split(".")[-2]):
                 shutil.rmtree(stale, ignore_errors=True)
-        temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    try:
-        with no_space_refusal(out):
+        try:
+            temporary.mkdir()
             yield temporary
             _sync(temporary)
             must_not_exist(out)
             os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _alive(pid: str) -> bool:
@@ -108,7 +139,4 @@ def _sync(folder: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """Bytes free on the file system that holds (or will hold) `path`."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(_nearest_existing(path)).free

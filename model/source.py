@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerprune.model.errors import Refused, UsageError
+from layerprune.model.errors import Refused, UsageError, network_errors
 from layerprune.model.files import read_json
 from layerprune.model.recipes import Recipe, load_recipe, recipe_names
 from layerprune.model.tensors import read_checkpoint
@@ -71,11 +71,13 @@ def recipe_of_checkpoint(folder: Path) -> Recipe | None:
 
 def _fetch(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     at = f" at revision {revision}" if revision else ""
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_PATTERNS))
+    except HFValidationError as error:
+        raise UsageError(f"--model {hub_id} is no local folder and cannot be a Hub id: {one_line(error)}") from None
     except LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         raise Refused(
@@ -88,9 +90,9 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
             raise Refused(f"{hub_id}{at} is gated or private: accept its licence on the Hub and run `hf auth login`") from error
         if status == 404:
             raise Refused(f"{hub_id}{at} is not on the Hub: check the spelling") from error
-        raise Refused(f"{hub_id}{at} could not be downloaded: {error}") from error
-    except OSError as error:
-        raise Refused(f"{hub_id}{at} could not be downloaded: {error}") from error
+        raise Refused(f"{hub_id}{at} could not be downloaded: {one_line(error)}") from error
+    except network_errors() as error:
+        raise Refused(f"{hub_id}{at} could not be downloaded: {one_line(error)}") from error
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -174,6 +176,11 @@ def pick_device(device: str | None = None) -> str:
         raise UsageError(f"--device {device} is no torch device: use cpu, cuda or cuda:N") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: torch sees no GPU here; use --device cpu")
+    if kind == "cuda" and (torch.device(str(device)).index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here, counted from cuda:0")
+    here = torch.accelerator.current_accelerator()
+    if kind not in ("cpu", here.type if here is not None else "cpu"):
+        raise UsageError(f"--device {device} is not on this machine: use cpu, cuda or cuda:N")
     return str(device)
 
 
@@ -216,6 +223,7 @@ def load_model(
             device_map="auto" if spread else {"": chosen},
             trust_remote_code=trust_remote_code,
             quantization_config=quantization_config,
+            ignore_mismatched_sizes=True,  # they are listed then, and refused by name below
             output_loading_info=True,
         )
     except torch.cuda.OutOfMemoryError as error:
@@ -228,15 +236,18 @@ def load_model(
 
 def check_keys(folder: Path, info: dict[str, Any], layers: int, stored: int) -> None:
     """Raise Refused when transformers found a key missing, of another shape, or left over."""
+    if info["mismatched_keys"]:
+        name, here, wanted = min(info["mismatched_keys"])
+        raise Refused(
+            f"the weights in {folder} contradict its config: {name} has the shape {tuple(here)}, and the config makes it "
+            f"{tuple(wanted)}"
+        )
     for what, keys in (("missing", info["missing_keys"]), ("left over", info["unexpected_keys"])):
         if keys:
             raise Refused(
                 f"the weights in {folder} contradict its config ({layers} layers): {len(keys)} of {stored} tensors "
                 f"{what}, such as {min(keys)}"
             )
-    if info.get("mismatched_keys"):
-        name = str(min(str(k) for k in info["mismatched_keys"]))
-        raise Refused(f"the weights in {folder} contradict its config: wrong shape of {name}")
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -244,6 +255,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     quiet_transformers()
+    load_config(folder, trust_remote_code)  # refuses what is no model, or not trusted, in the right words
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

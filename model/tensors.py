@@ -109,7 +109,8 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
                 "safetensors first (model.save_pretrained does that)"
             )
         raise Refused(f"{folder} holds no weights: expected {SINGLE} or {INDEX}")
-    weight_map = read_json(index).get("weight_map")
+    raw = read_json(index)
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise Refused(f"{index} has no weight_map")
     shards: dict[str, dict[str, StoredTensor]] = {}

@@ -140,13 +140,15 @@ def rank_blocks(
     """
     from layerprune.model.data import check_data
     from layerprune.model.decoder import view_decoder
-    from layerprune.model.source import find_model, load_model, load_tokenizer
+    from layerprune.model.source import find_model, load_config, load_model, load_tokenizer, pick_device, pick_dtype, pick_length
 
     if out is not None:
         must_not_exist(Path(out))
     source = find_model(str(model))
     settings = rank_settings(source, data, samples, length)
     check_data(settings["data"], "--calibration")
+    pick_dtype(dtype, pick_device(device))
+    pick_length(settings["length"], load_config(source.folder, trust_remote_code))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     result = rank_live(view_decoder(live), tokenizer, settings, seed=seed, progress=progress)
@@ -163,7 +165,7 @@ def rank_settings(source: Any, data: str | None, samples: int | None, length: in
     if samples is not None and samples < 1:
         raise UsageError(f"--samples {samples} is not a number above 0")
     default = source.recipe.data_path(base.data) if source.recipe else base.data
-    return {"data": data or default, "samples": samples or base.samples, "length": length or base.length}
+    return {"data": data or default, "samples": samples or base.samples, "length": base.length if length is None else length}
 
 
 def rank_live(
@@ -173,12 +175,12 @@ def rank_live(
     from tqdm import tqdm
 
     from layerprune.model.data import data_fingerprint, read_documents, tokenise
-    from layerprune.model.source import pick_length
+    from layerprune.model.source import pick_length, vocab_size
 
     config = decoder.model.config
     length = pick_length(settings["length"], config)
     documents = read_documents(settings["data"], "validation", settings["samples"], seed)
-    sequences = tokenise(tokenizer, documents, length)
+    sequences = tokenise(tokenizer, documents, length, vocab=vocab_size(config))
     started = time.perf_counter()
     with tqdm(total=len(sequences), desc="rank", unit="doc", disable=not progress) as bar:
         distance = rank_decoder(decoder, sequences, pad_id=tokenizer.pad_token_id or 0, progress=bar.update)
@@ -212,6 +214,7 @@ def read_ranking(path: str | Path, layers: int | None = None) -> dict[str, Any]:
         and len(rows) == found - 1
         and all(isinstance(r, list) and len(r) == found - n + 1 for n, r in enumerate(rows, 1))
         and all(isinstance(d, int | float) and 0 <= d <= 1 for r in rows for d in r)
+        and ranking.get("best") == best_starts(rows)
     )
     if not whole:
         raise Refused(f"{path} is not a ranking written by `layerprune rank`")
