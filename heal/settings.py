@@ -1,0 +1,115 @@
+"""The settings of a healing: what the user gave, else the recipe's, else the defaults; each with its origin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from layerprune.model.errors import UsageError
+from layerprune.model.recipes import HealSettings, Recipe, load_recipe
+from layerprune.model.source import pick_length
+
+
+@dataclass(frozen=True)
+class Healing:
+    """Resolved settings. `origin` maps each to `user`, `paper` (arXiv 2403.17887, App. A.1) or `ours`.
+
+    LoRA alpha equals the rank, so the LoRA scale is 1. Empty targets: the MLP's linear layers. micro_batch:
+    sequences in memory at once, None where it is still to be chosen.
+    """
+
+    data: str
+    steps: int
+    learning_rate: float
+    lora_rank: int
+    dropout: float
+    warmup_steps: int
+    batch_size: int
+    micro_batch: int | None
+    length: int
+    targets: tuple[str, ...]
+    seed: int
+    origin: dict[str, str]
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch_size * self.length
+
+    def record(self) -> dict[str, Any]:
+        """The settings without their origins, as JSON takes them."""
+        values = asdict(self)
+        del values["origin"]
+        return {**values, "targets": list(self.targets)}
+
+
+def heal_settings(
+    config: Any,
+    recipe: Recipe | str | None,
+    *,
+    data: str | None = None,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    lora_rank: int | None = None,
+    dropout: float | None = None,
+    warmup_steps: int | None = None,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    length: int | None = None,
+    targets: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Healing:
+    """Resolve and check the settings; None takes the recipe's value, or the default where there is no recipe.
+
+    config: the model's config object, for its context length. A user's own `steps` shorten the warm-up to a tenth
+    of them, unless the warm-up is given too. Raises UsageError for a value out of range, naming the option.
+    """
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    base = recipe.heal if recipe is not None else HealSettings()
+    given: dict[str, Any] = {
+        "data": data,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "lora_rank": lora_rank,
+        "dropout": dropout,
+        "warmup_steps": warmup_steps,
+        "batch_size": batch_size,
+        "length": length,
+        "targets": None if targets is None else tuple(targets),
+    }
+    ours = recipe.origin if recipe is not None else "ours"
+    origin = {key: ours if value is None else "user" for key, value in given.items()}
+    values = {key: getattr(base, key) if value is None else value for key, value in given.items()}
+    if data is None and recipe is not None:
+        values["data"] = recipe.data_path(base.data)
+    _check(values, micro_batch)
+    if steps is not None and warmup_steps is None and steps // 10 < base.warmup_steps:
+        values["warmup_steps"], origin["warmup_steps"] = steps // 10, "ours"
+    if values["warmup_steps"] >= values["steps"]:
+        raise UsageError(f"{values['warmup_steps']} warm-up steps leave none of the {values['steps']} steps: use fewer")
+    if length is None and base.length is None:
+        origin["length"] = "ours"
+    values["length"] = pick_length(values["length"], config)
+    origin |= {"micro_batch": "ours" if micro_batch is None else "user", "seed": "user" if seed else "ours"}
+    return Healing(**values, micro_batch=micro_batch, seed=seed, origin=origin)
+
+
+def _check(values: dict[str, Any], micro_batch: int | None) -> None:
+    options = {"steps": "--heal-steps", "batch_size": "--batch-size", "lora_rank": "--lora-rank"}
+    for key, option in options.items():
+        if values[key] < 1:
+            raise UsageError(f"{option} {values[key]} is not a number above 0")
+    if not 0 < values["learning_rate"] < 1:
+        raise UsageError(f"--learning-rate {values['learning_rate']:g} is not between 0 and 1, such as 3e-4")
+    if not 0 <= values["dropout"] < 1:
+        raise UsageError(f"a LoRA dropout of {values['dropout']:g} is not between 0 and 1, such as 0.05")
+    if values["warmup_steps"] < 0:
+        raise UsageError(f"{values['warmup_steps']} warm-up steps are fewer than none: use 0 or more")
+    if micro_batch is not None and (micro_batch < 1 or values["batch_size"] % micro_batch):
+        fits = ", ".join(map(str, divisors(values["batch_size"])))
+        raise UsageError(f"--micro-batch {micro_batch} does not divide the batch of {values['batch_size']}: use one of {fits}")
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a positive number, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,0 +1,326 @@
+"""Heal a checkpoint: pack data, train QLoRA on the MLPs, merge the adapter, write a new checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layerprune.heal.card import healed_card
+from layerprune.heal.settings import Healing, heal_settings
+from layerprune.model.data import check_data, data_fingerprint
+from layerprune.model.errors import Refused, UsageError
+from layerprune.model.files import free_bytes, must_not_exist, new_folder, read_json, write_json, write_text
+from layerprune.model.recipes import Recipe
+from layerprune.model.source import ModelSource, find_model, load_config, load_tokenizer, pick_device
+from layerprune.model.tensors import StoredTensor, read_checkpoint
+
+Say = Callable[[str], None]
+_NOT_CARRIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+_RESULTS = {"layerprune.json", "README.md", "eval.json", "rank.json", "curve.json", "manifest.json"}
+
+
+def _stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def heal_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: str | None = None,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    lora_rank: int | None = None,
+    dropout: float | None = None,
+    warmup_steps: int | None = None,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    length: int | None = None,
+    targets: Sequence[str] | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
+    work: str | Path | None = None,
+    report: Say | None = None,
+    recipe: Recipe | str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Train a (cut) checkpoint back with QLoRA on its MLPs, and write it with the adapter merged to the folder `out`.
+
+    model: local folder, Hub id or recipe name. Settings that are None come from `recipe`, else from the recipe that
+    the model came from, else from the paper's common ones (arXiv 2403.17887, App. A.1: 5000 steps of 16 sequences,
+    peak learning rate 3e-4, LoRA rank 64 = alpha, dropout 0.05, 100 warm-up steps, cosine decay). data: `c4` or a
+    file. batch_size: sequences a step; micro_batch: those in memory at once (a divisor of it; None: what fits).
+    length: tokens of a packed sequence. targets: linear layers to train, by default all of the MLP's.
+    adapter: folder for the LoRA adapter in peft's format, by default `out`/adapter. work: folder for the state that
+    a killed run goes on from, by default the hidden sibling `.<name of out>.work`; it is removed at success.
+    report: gets the cost line and what follows, by default on stderr.
+
+    The base is held in NF4 with double quantisation; the merge is into the checkpoint's own weights, in float32,
+    rounded once to their type, and every other tensor is copied byte for byte. On one CPU, the same seed gives the same
+    bytes, also when the run was killed and started again.
+    Returns what `out`/layerprune.json holds under "healing": settings, their origins, losses, seconds. Raises
+    UsageError and Refused; nothing is left at `out` then.
+    """
+    say = report or _stderr
+    out = Path(out).absolute()
+    work = out.parent / f".{out.name}.work" if work is None else Path(work).absolute()
+    must_not_exist(out)
+    source = find_model(str(model))
+    config = load_config(source.folder, trust_remote_code)
+    settings = heal_settings(
+        config, recipe or source.recipe, data=data, steps=steps, learning_rate=learning_rate, lora_rank=lora_rank,
+        dropout=dropout, warmup_steps=warmup_steps, batch_size=batch_size, micro_batch=micro_batch, length=length,
+        targets=targets, seed=seed,
+    )  # fmt: skip
+    chosen = pick_device(device)
+    stored = read_checkpoint(source.folder)
+    _refuse_quantised(source, config, stored)
+    check_data(settings.data, "--heal-data", "train", seed)
+    _room(out, stored)
+    say(cost_line(settings))
+    from layerprune.heal.targets import refuse_fused_experts
+    from layerprune.model.verify import meta_decoder
+
+    if not settings.targets:
+        refuse_fused_experts(meta_decoder(source.folder, trust_remote_code))
+    with _work_folder(work, _identity(source, stored, settings, chosen), out) as resumed:
+        outside = None if adapter is None else Path(adapter).absolute()
+        # an adapter beside the result that a killed run of ours had already put there is made again
+        if outside is not None and outside.exists() and not (resumed and (work / "adapter").exists()):
+            must_not_exist(outside)
+        if not (work / "trained.json").exists():
+            _train(source, settings, work, None if device in (None, "auto") else chosen, chosen, trust_remote_code, say, progress)
+        trained = read_json(work / "trained.json")
+        healing = _record(source, settings, chosen, trained, out, outside)
+        healing["seconds"] = _write(source, stored, work, out, outside, healing, trained, trust_remote_code, say, progress)
+    shutil.rmtree(work, ignore_errors=True)
+    return healing
+
+
+def cost_line(settings: Healing) -> str:
+    """What a healing will cost in steps and tokens, for people."""
+    where = {"paper": "the paper's settings", "ours": "our settings"}
+    others = sorted({where[o] for key, o in settings.origin.items() if o in where and key not in ("seed", "micro_batch")})
+    return (
+        f"healing: {settings.steps:,} steps of {settings.batch_size} x {settings.length} = {settings.tokens:,} tokens of "
+        f"{settings.data}, LoRA rank {settings.lora_rank}, peak learning rate {settings.learning_rate:g}"
+        + (f" ({', '.join(others)} where you gave none)" if others else "")
+    )
+
+
+def _refuse_quantised(source: ModelSource, config: Any, stored: Mapping[str, StoredTensor]) -> None:
+    from layerprune.heal.merge import DTYPES
+
+    if getattr(config, "quantization_config", None) is not None:
+        raise Refused(f"{source.name} is quantised already: heal its unquantised checkpoint, then quantise the result")
+    odd = next((t for t in stored.values() if t.dtype not in DTYPES and t.dtype.startswith(("F", "C"))), None)
+    if odd is not None:
+        raise Refused(f"{source.name} stores {odd.name} as {odd.dtype}: heal a bf16, fp16 or fp32 checkpoint")
+
+
+def _room(out: Path, stored: Mapping[str, StoredTensor]) -> None:
+    need, room = sum(t.nbytes for t in stored.values()), free_bytes(out)
+    if room < need:
+        raise Refused(
+            f"the disk is full: {out} needs {need / 1e9:.2f} GB and {room / 1e9:.2f} GB are free; give another --out or "
+            "free some space"
+        )
+
+
+def _identity(source: ModelSource, stored: Mapping[str, StoredTensor], settings: Healing, device: str) -> dict[str, Any]:
+    """What decides the trained weights: a started healing is gone on with only if all of it is the same."""
+    digest = hashlib.sha256((source.folder / "config.json").read_bytes())
+    for name, tensor in sorted(stored.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape} {tensor.begin}\n".encode())
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        with open(file, "rb") as opened:
+            opened.seek(max(0, file.stat().st_size - (1 << 16)))
+            digest.update(opened.read())
+    data = data_fingerprint(settings.data)
+    return {**settings.record(), "data": data, "model": digest.hexdigest(), "device": device.partition(":")[0]}
+
+
+@contextlib.contextmanager
+def _work_folder(work: Path, identity: dict[str, Any], out: Path) -> Iterator[bool]:
+    """Open `work` for one process; yields whether it holds a healing that was begun. UsageError for another one's."""
+    from layerprune.model.files import no_space_refusal
+
+    state = work / "heal.json"
+    with no_space_refusal(work):
+        work.mkdir(parents=True, exist_ok=True)
+    with _locked(work):
+        resumed = state.exists()
+        if resumed:
+            before = read_json(state)
+            changed = sorted(key for key in identity if before.get(key) != identity[key])
+            if changed:
+                told = "; ".join(f"{key} was {before.get(key)}, now {identity[key]}" for key in changed[:3])
+                raise UsageError(
+                    f"{work} holds a healing for {out} that was begun with other settings ({told}): give the same settings "
+                    "to go on with it, or remove that folder"
+                )
+        else:
+            write_json(state, identity)
+        yield resumed
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # no advisory locks on this system
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Refused(f"another process is healing in {folder}: wait for it, or choose another --out") from None
+        yield
+
+
+def _train(
+    source: ModelSource, settings: Healing, work: Path, device: str | None, chosen: str, trust: bool, say: Say, progress: bool
+) -> None:
+    """Pack, load, train; leaves work/adapter and work/trained.json."""
+    from layerprune.heal import trainer
+    from layerprune.heal.merge import locate
+    from layerprune.heal.packing import pack
+    from layerprune.heal.targets import choose_targets, probe_forward, target_pattern
+    from layerprune.model.decoder import view_decoder
+
+    tokenizer = load_tokenizer(source.folder, trust)
+    packed = pack(tokenizer, settings.data, settings.steps * settings.batch_size, settings.length, settings.seed, work)
+    if packed.epochs > 1:
+        say(f"the data is shorter than {settings.tokens:,} tokens: it is gone through {packed.epochs} times")
+    compute = trainer.compute_dtype(chosen)
+    with trainer.quiet_warnings():
+        live = trainer.load_quantised(source.folder, device, compute, trust)
+        decoder = view_decoder(live)
+        extra = probe_forward(decoder)
+        targets = choose_targets(decoder, settings.targets)
+    where = locate(targets, read_checkpoint(source.folder), len(decoder))
+    pattern = target_pattern(decoder, targets)
+    live = trainer.add_lora(live, pattern, settings)
+    trainable = sum(p.numel() for p in live.parameters() if p.requires_grad)
+    leaves = sorted({target.inside for target in targets})
+    micro_batch = trainer.choose_micro_batch(live, settings, chosen, extra)
+    say(
+        f"{trainable:,} trainable parameters in {len(targets)} linear layers ({', '.join(leaves)}); NF4 base, "
+        f"{str(compute).removeprefix('torch.')} on {chosen}, {micro_batch} of {settings.batch_size} sequences at once"
+    )
+    losses = trainer.train(
+        live, packed, settings, work=work, device=chosen, micro_batch=micro_batch, extra=extra, say=say, progress=progress
+    )
+    # peft would write the folder of this machine into the adapter; what the user calls the model means more
+    live.peft_config["default"].base_model_name_or_path = source.hub_id or source.name
+    shutil.rmtree(work / "adapter", ignore_errors=True)
+    with new_folder(work / "adapter") as folder, trainer.quiet_warnings():
+        live.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+    about = {
+        "losses": {key: losses[key] for key in ("first", "last", "curve")},
+        "seconds": losses["seconds"],
+        "documents": packed.documents,
+        "epochs": packed.epochs,
+        "trainable": trainable,
+        "modules": leaves,
+        "micro_batch": micro_batch,
+        "compute": str(compute).removeprefix("torch."),
+        "where": {module: [place.name, place.transposed] for module, place in where.items()},
+    }
+    write_json(work / "trained.json", about)
+
+
+def _record(
+    source: ModelSource, settings: Healing, device: str, trained: Mapping[str, Any], out: Path, outside: Path | None
+) -> dict[str, Any]:
+    names = ("layerprune", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
+    return {
+        "model": source.name,
+        "recipe": source.recipe.name if source.recipe else None,
+        "settings": {**settings.record(), "micro_batch": trained["micro_batch"]},
+        "origin": settings.origin,
+        "quantisation": f"NF4, double quantisation, {trained['compute']} compute",
+        "device": device,
+        "steps": settings.steps,
+        "tokens": settings.tokens,
+        "documents": trained["documents"],
+        "epochs": trained["epochs"],
+        "data_fingerprint": data_fingerprint(settings.data),
+        "trainable": trained["trainable"],
+        "modules": trained["modules"],
+        "losses": trained["losses"],
+        "adapter": str(outside) if outside is not None else "adapter",
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def _write(
+    source: ModelSource, stored: Mapping[str, StoredTensor], work: Path, out: Path, outside: Path | None,
+    healing: dict[str, Any], trained: Mapping[str, Any], trust: bool, say: Say, progress: bool,
+) -> dict[str, float]:  # fmt: skip
+    """Merge, prove that the result loads, and publish: first the adapter, then the checkpoint."""
+    from tqdm import tqdm
+
+    from layerprune.heal.merge import Stored, merge_adapter
+    from layerprune.model.verify import meta_decoder
+
+    say("merging the adapter")
+    started = time.perf_counter()
+    total = sum(t.nbytes for t in stored.values())
+    with new_folder(out) as folder:
+        for path in sorted(source.folder.iterdir()):
+            if path.is_file() and path.name not in _RESULTS and not path.name.endswith(_NOT_CARRIED):
+                shutil.copyfile(path, folder / path.name)
+        templates = source.folder / "additional_chat_templates"
+        if templates.is_dir():
+            shutil.copytree(templates, folder / templates.name)
+        where = {module: Stored(name, transposed) for module, (name, transposed) in trained["where"].items()}
+        hide = not progress or total < 256 << 20
+        with tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=hide) as bar:
+            merge_adapter(source.folder, work / "adapter", folder, where, bar.update)
+        meta_decoder(folder, trust)
+        seconds = {"train": trained["seconds"], "merge": round(time.perf_counter() - started, 1)}
+        before = source.folder / "layerprune.json"
+        record = read_json(before) if before.exists() else {"source": source.name, "hub_id": source.hub_id}
+        record["healing"] = {**healing, "seconds": seconds}
+        write_json(folder / "layerprune.json", record)
+        write_text(folder / "README.md", healed_card(record, out.name, source.folder))
+        if outside is None:
+            shutil.copytree(work / "adapter", folder / "adapter")
+        else:
+            shutil.rmtree(outside, ignore_errors=True)
+            with new_folder(outside) as beside:
+                shutil.copytree(work / "adapter", beside, dirs_exist_ok=True)
+    return seconds
+
+
+def format_healing(result: Mapping[str, Any], out: str | None) -> str:
+    """The result of `heal_checkpoint` for people."""
+    losses, seconds = result["losses"], result["seconds"]
+    chosen = ", ".join(f"{key} {value}" for key, value in _told(result).items())
+    lines = [
+        f"{result['model']}: {result['steps']:,} steps, {result['tokens']:,} tokens of {result['documents']:,} documents",
+        f"settings: {chosen}",
+        f"trained: {result['trainable']:,} parameters in {', '.join(result['modules'])} ({result['quantisation']})",
+        f"training loss {losses['first']:.4f} -> {losses['last']:.4f} nats a token in {seconds['train']:,.0f} s; merged in "
+        f"{seconds['merge']:,.0f} s",
+        f"adapter: {result['adapter'] if out is None else Path(out) / result['adapter']}",
+    ]
+    return "\n".join(lines + ([f"checkpoint: {out}"] if out is not None else []))
+
+
+def _told(result: Mapping[str, Any]) -> dict[str, str]:
+    settings, origin = result["settings"], result["origin"]
+    wanted = ("lora_rank", "learning_rate", "batch_size", "length", "warmup_steps", "dropout")
+    return {key: f"{settings[key]:g} ({origin[key]})" for key in wanted}
