@@ -11,7 +11,7 @@ from typing import Any
 from layerprune.model.cuts import Block, drop_count, last_block
 from layerprune.model.data import check_data, data_fingerprint
 from layerprune.model.errors import Refused, UsageError
-from layerprune.model.files import free_bytes, must_not_exist, new_folder, read_json, write_json
+from layerprune.model.files import free_bytes, must_not_exist, new_folder, no_room, read_json, write_json
 from layerprune.model.recipes import EvalSettings, HealSettings, Recipe
 from layerprune.model.source import ModelSource, find_model, layer_count, load_config, pick_device, pick_dtype, pick_length
 from layerprune.model.tensors import read_checkpoint
@@ -477,7 +477,7 @@ def _cost(plan: Plan, out: Path) -> str:
     room = free_bytes(out)
     done = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
     if need > room + done:
-        raise Refused(f"the disk is full: the run needs about {need / 1e9:.2f} GB at {out} and {room / 1e9:.2f} GB are free")
+        raise no_room(out, need, room)
     hours = sum(s.hours * (1 if s.name in ("rank", "heal") else 2 + len(plan.curve)) for s in found.steps)
     hours -= 0 if plan.heal else next(s.hours for s in found.steps if s.name == "heal")
     unknown = f" (without the tasks {', '.join(found.unknown_tasks)})" if found.unknown_tasks else ""

@@ -140,3 +140,12 @@ def _sync(folder: Path) -> None:
 def free_bytes(path: Path) -> int:
     """Bytes free on the file system that holds (or will hold) `path`."""
     return shutil.disk_usage(_nearest_existing(path)).free
+
+
+def no_room(out: Path, need: float, room: float) -> Refused:
+    """The refusal of a disk that has `room` bytes free where `need` are needed."""
+    unit, factor = ("GB", 1e9) if need >= 1e8 else ("MB", 1e6)
+    return Refused(
+        f"the disk is full: {out} needs {need / factor:.2f} {unit} and {room / factor:.2f} {unit} are free; give another "
+        "--out or free some space"
+    )

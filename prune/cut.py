@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from layerprune.model.cuts import Block, Kept, describe_dropped, drop_count, last_block, parse_layers
-from layerprune.model.errors import Refused, UsageError
-from layerprune.model.files import free_bytes, must_not_exist, new_folder, read_json, write_json, write_text
+from layerprune.model.errors import UsageError
+from layerprune.model.files import free_bytes, must_not_exist, new_folder, no_room, read_json, write_json, write_text
 from layerprune.model.plan import CutPlan, plan_cut
 from layerprune.model.source import ModelSource, find_model, layer_count, load_config
 from layerprune.model.tensors import StoredTensor, read_checkpoint
@@ -198,10 +198,7 @@ def write_cut(
     source = cut.source.folder
     room, need = free_bytes(out), cut.bytes + (64 << 20 if cut.bytes > 1 << 30 else 1 << 20)
     if room < need:
-        raise Refused(
-            f"the disk is full: {out} needs {need / 1e9:.2f} GB and {room / 1e9:.2f} GB are free; give another --out or "
-            "free some space"
-        )
+        raise no_room(out, need, room)
     with new_folder(out) as folder:
         write_json(folder / "config.json", cut.config)
         seconds: dict[str, float] = {}

@@ -8,8 +8,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -500,3 +503,148 @@ def test_what_a_failed_run_has_found_is_kept(world: World, monkeypatch: pytest.M
     result = CliRunner().invoke(main, world.arguments("run"))
     assert result.exit_code == 0, result.output
     assert (world.out / "rank.json").stat().st_mtime_ns == ranked
+
+
+# A full disk: a real small file system, in a namespace of its own
+
+
+ON_A_SMALL_DISK = """
+import json, os, pathlib, shutil, sys
+import torch
+from click.testing import CliRunner
+from layerprune.cli import main
+from layerprune.model.files import free_bytes
+from layerprune.prune import cut
+
+torch.set_num_threads(1)
+disk, model, data = (pathlib.Path(a) for a in sys.argv[1:4])
+out, filler = disk / "out", disk / "filler"
+ours = ["--calibration", str(data), "--samples", "8", "--length", "16"]
+COMMANDS = {
+    "prune": ["prune", "--model", str(model), "--drop", "0.4", "--strategy", "last"],
+    "prune here": ["prune", "--model", str(disk / "model"), "--drop", "0.4", "--strategy", "last"],
+    "run": ["run", "--model", str(model), "--drop", "0.4", "--no-heal", "--curve", "", "--eval-data", str(data), *ours],
+    "rank": ["rank", "--model", str(model), *ours],
+    "eval": ["eval", "--model", str(model), "--eval-data", str(data), "--samples", "8", "--length", "16"],
+    "heal": ["heal", "--model", str(model), "--heal-data", str(data), "--heal-steps", "1", "--batch-size", "1", "--length", "16"],
+}
+
+def fill(leave):
+    with open(filler, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError:
+            pass
+        file.truncate(max(0, file.tell() - leave))
+
+def free_then_filled(leave):
+    def measure(path):
+        room = free_bytes(path)
+        if not filler.exists():
+            fill(leave)
+        return room
+    return measure
+
+def call(command):
+    made = CliRunner().invoke(main, [*COMMANDS[command], "--out", str(out)])
+    filler.unlink(missing_ok=True)
+    left = sorted(str(p.relative_to(disk)) for p in disk.rglob("*") if not p.is_relative_to(disk / "model"))
+    failure = None if made.exception is None or isinstance(made.exception, SystemExit) else repr(made.exception)
+    return {"code": made.exit_code, "stderr": made.stderr, "stdout": made.stdout, "left": left, "failure": failure}
+
+def scenario(command, when, leave, keep=False):
+    if command == "prune here":
+        shutil.copytree(model, disk / "model", dirs_exist_ok=True)
+    if when == "before":
+        fill(leave)
+    cut.free_bytes = free_then_filled(leave) if when == "meanwhile" else free_bytes
+    found = call(command)
+    cut.free_bytes = free_bytes
+    if keep:
+        found["again"] = call(command)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(disk / "model", ignore_errors=True)
+    return found
+
+print(json.dumps({name: scenario(*arguments) for name, arguments in json.loads(sys.argv[4]).items()}))
+"""
+
+PRUNE_LEAVES = [*range(0, 320, 32)]
+"""Kilobytes that are free when the copy starts: from nothing to enough."""
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A command prefix that runs the rest with a file system of 2 MB mounted at its first argument."""
+    place = tmp_path_factory.mktemp("probe")
+    mount = 'mount -t tmpfs -o size=2m tmpfs "$0" && exec "$@"'
+    for unshare in (["unshare", "-rm"], ["unshare", "-m"]):
+        prefix = [*unshare, "sh", "-c", mount]
+        probe = subprocess.run([*prefix, str(place), "df", "-P", "-k", str(place)], capture_output=True, text=True, check=False)
+        if probe.returncode == 0 and probe.stdout.split()[-5] == "2048":
+            return prefix
+    pytest.skip(f"this system lets nobody mount a tmpfs in a namespace of its own: {probe.stderr.strip()}")
+
+
+@pytest.fixture(scope="module")
+def on_a_small_disk(
+    small_disk: list[str], tiny_llama: Path, prose: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """Commands on a real disk that is full, or fills up meanwhile: what they said, and what was left."""
+    root = tmp_path_factory.mktemp("disk")
+    (root / "mounted").mkdir()
+    data = root / "documents.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in prose))
+    scenarios: dict[str, tuple[Any, ...]] = {
+        f"{command} before": (command, "before", 64 << 10) for command in ("prune", "prune here", "run")
+    }
+    scenarios |= {f"{command} before": (command, "before", 0) for command in ("rank", "eval")}
+    scenarios |= {f"rank before, {kb} kB": ("rank", "before", kb << 10) for kb in (4, 12, 40)}
+    for command in ("prune", "prune here"):
+        scenarios |= {f"{command} meanwhile, {kb} kB": (command, "meanwhile", kb << 10) for kb in PRUNE_LEAVES}
+    scenarios["run meanwhile"] = ("run", "meanwhile", 64 << 10, True)
+    if find_spec("layerprune.heal.train"):
+        scenarios["heal before"] = ("heal", "before", 64 << 10)
+    line = [sys.executable, "-c", ON_A_SMALL_DISK, root / "mounted", tiny_llama, data, json.dumps(scenarios)]
+    done = subprocess.run([*small_disk, root / "mounted", *line], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def full(found: dict[str, Any]) -> None:
+    assert found["failure"] is None and found["code"] == 1 and found["stdout"] == "", found
+    lines = [line for line in re.split(r"[\r\n]+", found["stderr"]) if line]
+    assert sum(line.startswith("Error: ") for line in lines) == 1, found
+    assert lines[-1].startswith("Error: the disk is full: ") and "/out" in lines[-1] and "partial" not in lines[-1], found
+
+
+@pytest.mark.parametrize("command", ["prune", "prune here", "run", "rank", "eval", "heal"])
+def test_a_disk_that_is_full_already(command: str, on_a_small_disk: dict[str, dict[str, Any]]) -> None:
+    found = [f for name, f in on_a_small_disk.items() if name.startswith(f"{command} before")]
+    assert found
+    for one in found:
+        full(one)
+        assert one["left"] == []
+
+
+@pytest.mark.parametrize("command", ["prune", "prune here"])
+def test_a_disk_that_fills_up_while_the_cut_is_written(command: str, on_a_small_disk: dict[str, dict[str, Any]]) -> None:
+    found = [on_a_small_disk[f"{command} meanwhile, {kb} kB"] for kb in PRUNE_LEAVES]
+    for one in found:
+        if one["code"] == 0:
+            assert {"out", "out/config.json", "out/model.safetensors", "out/layerprune.json", "out/README.md"} <= set(one["left"])
+        else:
+            full(one)
+            assert one["left"] == []
+    codes = [one["code"] for one in found]
+    assert codes == sorted(codes, reverse=True) and codes[0] == 1 and codes[-1] == 0
+
+
+def test_a_run_on_a_disk_that_fills_up_keeps_what_it_has_found(on_a_small_disk: dict[str, dict[str, Any]]) -> None:
+    found = on_a_small_disk["run meanwhile"]
+    full(found)
+    assert found["left"] == ["out", "out/manifest.json", "out/rank.json"]
+    again = found["again"]
+    assert again["code"] == 0 and "ranking all blocks" not in again["stderr"], again
+    assert {"out/pruned", "out/eval.json", "out/figures"} <= set(again["left"])
