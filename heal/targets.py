@@ -13,7 +13,7 @@ from torch import nn
 
 from layerprune.model.decoder import Decoder, forward_logits, hidden_of, replaced_forwards
 from layerprune.model.errors import Refused, UsageError
-from layerprune.model.source import text_config
+from layerprune.model.source import one_line, text_config
 
 _PROBE_TOKENS = 12
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -250,6 +250,11 @@ def probe_forward(decoder: Decoder) -> dict[str, Any]:
     try:
         forward_logits(decoder, ids_BT)
         return {}
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        kind = type(decoder.model).__name__
+        raise Refused(f"this {kind} cannot be healed: it does not run with 4-bit linear layers ({one_line(error)})") from error
     except ValueError as error:
         key = next((k for k in ("mm_token_type_ids", "token_type_ids") if k in str(error)), None)
         if key is None:

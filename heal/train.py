@@ -16,7 +16,9 @@ from layerprune.heal.card import healed_card
 from layerprune.heal.settings import Healing, heal_settings
 from layerprune.model.data import check_data, data_fingerprint
 from layerprune.model.errors import Refused, UsageError
-from layerprune.model.files import free_bytes, must_not_exist, new_folder, read_json, write_json, write_text
+from layerprune.model.files import (
+    free_bytes, made_folder, must_not_exist, new_folder, no_room, no_space_refusal, read_json, write_json, write_text,
+)  # fmt: skip
 from layerprune.model.recipes import Recipe
 from layerprune.model.source import ModelSource, find_model, load_config, load_tokenizer, pick_device
 from layerprune.model.tensors import StoredTensor, read_checkpoint
@@ -87,11 +89,7 @@ def heal_checkpoint(
     check_data(settings.data, "--heal-data", "train", seed)
     _room(out, stored)
     say(cost_line(settings))
-    from layerprune.heal.targets import refuse_fused_experts
-    from layerprune.model.verify import meta_decoder
-
-    if not settings.targets:
-        refuse_fused_experts(meta_decoder(source.folder, trust_remote_code))
+    _refuse_fused(source, settings, trust_remote_code)
     with _work_folder(work, _identity(source, stored, settings, chosen), out) as resumed:
         outside = None if adapter is None else Path(adapter).absolute()
         # an adapter beside the result that a killed run of ours had already put there is made again
@@ -127,13 +125,18 @@ def _refuse_quantised(source: ModelSource, config: Any, stored: Mapping[str, Sto
         raise Refused(f"{source.name} stores {odd.name} as {odd.dtype}: heal a bf16, fp16 or fp32 checkpoint")
 
 
+def _refuse_fused(source: ModelSource, settings: Healing, trust: bool) -> None:
+    from layerprune.heal.targets import refuse_fused_experts
+    from layerprune.model.verify import meta_decoder
+
+    if not settings.targets:
+        refuse_fused_experts(meta_decoder(source.folder, trust))
+
+
 def _room(out: Path, stored: Mapping[str, StoredTensor]) -> None:
     need, room = sum(t.nbytes for t in stored.values()), free_bytes(out)
     if room < need:
-        raise Refused(
-            f"the disk is full: {out} needs {need / 1e9:.2f} GB and {room / 1e9:.2f} GB are free; give another --out or "
-            "free some space"
-        )
+        raise no_room(out, need, room)
 
 
 def _identity(source: ModelSource, stored: Mapping[str, StoredTensor], settings: Healing, device: str) -> dict[str, Any]:
@@ -152,12 +155,10 @@ def _identity(source: ModelSource, stored: Mapping[str, StoredTensor], settings:
 @contextlib.contextmanager
 def _work_folder(work: Path, identity: dict[str, Any], out: Path) -> Iterator[bool]:
     """Open `work` for one process; yields whether it holds a healing that was begun. UsageError for another one's."""
-    from layerprune.model.files import no_space_refusal
+    from layerprune.heal.trainer import newest_checkpoint
 
     state = work / "heal.json"
-    with no_space_refusal(work):
-        work.mkdir(parents=True, exist_ok=True)
-    with _locked(work):
+    with no_space_refusal(out), made_folder(work), _locked(work):
         resumed = state.exists()
         if resumed:
             before = read_json(state)
@@ -168,9 +169,16 @@ def _work_folder(work: Path, identity: dict[str, Any], out: Path) -> Iterator[bo
                     f"{work} holds a healing for {out} that was begun with other settings ({told}): give the same settings "
                     "to go on with it, or remove that folder"
                 )
-        else:
-            write_json(state, identity)
-        yield resumed
+        try:
+            if not resumed:
+                write_json(state, identity)
+            yield resumed
+        except Exception:
+            # a refusal before the first saved step leaves nothing worth going on from
+            if not resumed and newest_checkpoint(work) is None and not (work / "trained.json").exists():
+                for path in work.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
 
 
 @contextlib.contextmanager
@@ -197,6 +205,7 @@ def _train(
     from layerprune.heal.packing import pack
     from layerprune.heal.targets import choose_targets, probe_forward, target_pattern
     from layerprune.model.decoder import view_decoder
+    from layerprune.model.verify import meta_decoder
 
     tokenizer = load_tokenizer(source.folder, trust)
     packed = pack(tokenizer, settings.data, settings.steps * settings.batch_size, settings.length, settings.seed, work)
@@ -204,7 +213,8 @@ def _train(
         say(f"the data is shorter than {settings.tokens:,} tokens: it is gone through {packed.epochs} times")
     compute = trainer.compute_dtype(chosen)
     with trainer.quiet_warnings():
-        live = trainer.load_quantised(source.folder, device, compute, trust)
+        keep = trainer.unquantised(meta_decoder(source.folder, trust).model, chosen)
+        live = trainer.load_quantised(source.folder, device, compute, keep, trust)
         decoder = view_decoder(live)
         extra = probe_forward(decoder)
         targets = choose_targets(decoder, settings.targets)
@@ -214,6 +224,9 @@ def _train(
     trainable = sum(p.numel() for p in live.parameters() if p.requires_grad)
     leaves = sorted({target.inside for target in targets})
     micro_batch = trainer.choose_micro_batch(live, settings, chosen, extra)
+    exempt = sum(target.name in keep for target in targets)
+    if exempt:
+        say(f"{exempt} of the {len(targets)} linear layers stay unquantised: their widths do not fit NF4's blocks of 64")
     say(
         f"{trainable:,} trainable parameters in {len(targets)} linear layers ({', '.join(leaves)}); NF4 base, "
         f"{str(compute).removeprefix('torch.')} on {chosen}, {micro_batch} of {settings.batch_size} sequences at once"

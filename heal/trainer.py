@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from layerprune.heal.packing import Packed
 from layerprune.heal.settings import Healing, divisors
+from layerprune.heal.targets import is_linear, linear_shape
 from layerprune.model.errors import Refused
 from layerprune.model.files import read_json, write_json
 from layerprune.model.source import load_model
 
 Say = Callable[[str], None]
+NF4_BLOCK = 64
+"""Weights that share a scale in NF4."""
 MARK = "whole.json"
 """Written into a Trainer checkpoint after everything else: one without it was cut short."""
 _CPU_MICRO_BATCH = 4
@@ -28,15 +32,37 @@ _GPU_MICRO_TOKENS = 32_768
 _GPU_ROOM = 0.92
 
 
-def load_quantised(folder: Path, device: str | None, compute: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """The model in NF4 with double quantisation; what is not a linear layer, and the head, stay in `compute`."""
+def unquantised(model: Any, device: str) -> list[str]:
+    """Names of the linear layers that stay in full precision (the model may be on the meta device).
+
+    These are the head; layers narrower than one quantisation block, which save nothing and which some models use by
+    their weight; and on the CPU layers whose input width is no multiple of a block: bitsandbytes 0.50 decodes those
+    wrongly there (it takes the scale of another block).
+    """
+    head = model.get_output_embeddings()
+    names = []
+    for name, module in model.named_modules():
+        if is_linear(module):
+            out, width = linear_shape(module)
+            if module is head or min(out, width) < NF4_BLOCK or (device == "cpu" and width % NF4_BLOCK):
+                names.append(name)
+    return names
+
+
+def load_quantised(
+    folder: Path, device: str | None, compute: torch.dtype, keep: Sequence[str], trust_remote_code: bool = False
+) -> Any:
+    """The model in NF4 with double quantisation; the linear layers in `keep`, and all else, stay in `compute`."""
     from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends another package
 
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=list(keep),
     )
     model = load_model(
         folder,
