@@ -47,12 +47,20 @@ def pack(tokenizer: Any, data: str, sequences: int, length: int, seed: int, fold
         temporary = folder / "tokens.partial"
         with no_space_refusal(tokens):
             ids_NT = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=(sequences, length))
+            _take_blocks(temporary)
             documents, epochs = _fill(ids_NT, tokenizer, data, seed)
             ids_NT.flush()
         os.replace(temporary, tokens)
         write_json(about, {"documents": documents, "epochs": epochs})
     made = read_json(about)
     return Packed(np.load(tokens, mmap_mode="r"), made["documents"], made["epochs"])
+
+
+def _take_blocks(sparse: Path) -> None:
+    """Give a mapped file its blocks: a disk found full when a page is written would kill the process without a word."""
+    if hasattr(os, "posix_fallocate"):
+        with open(sparse, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, sparse.stat().st_size)
 
 
 def _fill(ids_NT: Any, tokenizer: Any, data: str, seed: int) -> tuple[int, int]:

@@ -251,10 +251,15 @@ def tokenise(
     kept = [ids for ids in kept if len(ids) >= at_least]
     if not kept:
         raise Refused(f"all {len(documents)} documents are shorter than {at_least} tokens: nothing can be measured on them")
-    largest = max(map(max, kept))
-    if vocab is not None and largest >= vocab:
-        raise Refused(f"the tokenizer does not belong to this model: it makes token id {largest}, the model has {vocab} tokens")
+    if vocab is not None:
+        check_token_id(max(map(max, kept)), vocab)
     return kept
+
+
+def check_token_id(largest: int, vocab: int) -> None:
+    """Refuse a tokenizer that makes ids which the model has no embedding for."""
+    if largest >= vocab:
+        raise Refused(f"the tokenizer does not belong to this model: it makes token id {largest}, the model has {vocab} tokens")
 
 
 def batches(

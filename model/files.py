@@ -68,12 +68,13 @@ def no_space_refusal(target: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, Refused) as told:
+    except Exception as told:
         error = told.__cause__ if isinstance(told, Refused) else told
+        # safetensors reports the system's error in words only
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+            raise Refused(f"the disk is full: could not write {target}; nothing was left there") from error
         if not isinstance(error, OSError):
             raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Refused(f"the disk is full: could not write {target}; nothing was left there") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             named = f" ({error.filename})" if error.filename else ""
             raise Refused(f"{target} cannot be written: {error.strerror}{named}") from error

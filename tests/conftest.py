@@ -39,13 +39,13 @@ def make_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
-def make_llama(folder: Path, layers: int = 5, hidden: int = 32, shard: str = "5GB", **config: Any) -> Path:
+def make_llama(folder: Path, layers: int = 5, hidden: int = 64, shard: str = "5GB", **config: Any) -> Path:
     """A random Llama with 320 token ids, a context of 64 and the tokenizer above; `shard` is the largest shard."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = {
-        "vocab_size": 320, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
+        "vocab_size": 320, "hidden_size": hidden, "intermediate_size": hidden, "num_hidden_layers": layers,
         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.1,
         "bos_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
