@@ -101,7 +101,7 @@ def main() -> None:
         "seconds": round(seconds, 1),
         "train_seconds": healing["seconds"]["train"],
         "tokens": healing["tokens"],
-        "settings": {k: v for k, v in healing["settings"].items() if k != "data"} | {"data": Path(healing["settings"]["data"]).name},
+        "settings": {**healing["settings"], "data": Path(healing["settings"]["data"]).name},
         "quantisation": healing["quantisation"],
         "training_loss": [healing["losses"]["first"], healing["losses"]["last"]],
         "machine": machine(args.device),

@@ -14,13 +14,21 @@ from typing import Any
 
 from layerprune.heal.card import healed_card
 from layerprune.heal.settings import Healing, heal_settings
-from layerprune.model.data import check_data, data_fingerprint
+from layerprune.model.data import check_data, check_token_id, data_fingerprint
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import (
-    free_bytes, made_folder, must_not_exist, new_folder, no_room, no_space_refusal, read_json, write_json, write_text,
+    free_bytes,
+    made_folder,
+    must_not_exist,
+    new_folder,
+    no_room,
+    no_space_refusal,
+    read_json,
+    write_json,
+    write_text,
 )  # fmt: skip
 from layerprune.model.recipes import Recipe
-from layerprune.model.source import ModelSource, find_model, load_config, load_tokenizer, pick_device
+from layerprune.model.source import ModelSource, find_model, load_config, load_tokenizer, pick_device, vocab_size
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
 Say = Callable[[str], None]
@@ -149,7 +157,9 @@ def _identity(source: ModelSource, stored: Mapping[str, StoredTensor], settings:
             opened.seek(max(0, file.stat().st_size - (1 << 16)))
             digest.update(opened.read())
     data = data_fingerprint(settings.data)
-    return {**settings.record(), "data": data, "model": digest.hexdigest(), "device": device.partition(":")[0]}
+    chosen = settings.record()
+    del chosen["micro_batch"]  # a run that ran out of memory may go on with a smaller one
+    return {**chosen, "data": data, "model": digest.hexdigest(), "device": device.partition(":")[0]}
 
 
 @contextlib.contextmanager
@@ -209,6 +219,7 @@ def _train(
 
     tokenizer = load_tokenizer(source.folder, trust)
     packed = pack(tokenizer, settings.data, settings.steps * settings.batch_size, settings.length, settings.seed, work)
+    check_token_id(int(packed.ids_NT.max()), vocab_size(load_config(source.folder, trust)))
     if packed.epochs > 1:
         say(f"the data is shorter than {settings.tokens:,} tokens: it is gone through {packed.epochs} times")
     compute = trainer.compute_dtype(chosen)
@@ -223,7 +234,7 @@ def _train(
     live = trainer.add_lora(live, pattern, settings)
     trainable = sum(p.numel() for p in live.parameters() if p.requires_grad)
     leaves = sorted({target.inside for target in targets})
-    micro_batch = trainer.choose_micro_batch(live, settings, chosen, extra)
+    micro_batch = _micro_batch(live, settings, chosen, extra, work)
     exempt = sum(target.name in keep for target in targets)
     if exempt:
         say(f"{exempt} of the {len(targets)} linear layers stay unquantised: their widths do not fit NF4's blocks of 64")
@@ -252,6 +263,18 @@ def _train(
         "where": {module: [place.name, place.transposed] for module, place in where.items()},
     }
     write_json(work / "trained.json", about)
+
+
+def _micro_batch(live: Any, settings: Healing, device: str, extra: Mapping[str, int], work: Path) -> int:
+    """What the user gave, else what this healing was begun with, else what fits."""
+    from layerprune.heal.trainer import choose_micro_batch
+
+    begun = work / "micro_batch.json"
+    if settings.micro_batch is None and begun.exists():
+        return int(read_json(begun))
+    size = choose_micro_batch(live, settings, device, extra)
+    write_json(begun, size)
+    return size
 
 
 def _record(

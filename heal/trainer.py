@@ -27,6 +27,8 @@ NF4_BLOCK = 64
 """Weights that share a scale in NF4."""
 MARK = "whole.json"
 """Written into a Trainer checkpoint after everything else: one without it was cut short."""
+SAVE_SECONDS = 120.0
+"""Training time between two checkpoints; it does not touch the results."""
 _CPU_MICRO_BATCH = 4
 _GPU_MICRO_TOKENS = 32_768
 _GPU_ROOM = 0.92
@@ -84,9 +86,10 @@ def compute_dtype(device: str) -> torch.dtype:
     """bfloat16, but float32 on a CPU without bfloat16 instructions, where emulating them is slower."""
     if device != "cpu":
         return torch.bfloat16
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(
-        torch.cpu, "_is_amx_tile_supported", lambda: False
-    )()
+    fast = (
+        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    )
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -125,8 +128,8 @@ class Sequences(torch.utils.data.Dataset):
 class _Watch(TrainerCallback):
     """Progress, the time that is left, checkpoints by the clock, and a stop when the loss is no number."""
 
-    def __init__(self, work: Path, every: int, save_seconds: float, say: Say, progress: bool) -> None:
-        self.work, self.every, self.save_seconds, self.say, self.progress = work, every, save_seconds, say, progress
+    def __init__(self, work: Path, every: int, length: int, say: Say, progress: bool) -> None:
+        self.work, self.every, self.length, self.say, self.progress = work, every, length, say, progress
         self.bar: Any = None
         self.spent = 0.0
         self.timed: list[float] = []
@@ -149,21 +152,20 @@ class _Watch(TrainerCallback):
         # The first steps pay for warming up; the fourth is the first honest one.
         if len(self.timed) == 4 and left:
             step = (now - self.timed[0]) / 3
-            rate = args.train_batch_size * args.gradient_accumulation_steps * self.length / step
+            rate = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.length / step
             self.say(f"{step:.2g} s a step ({rate:,.0f} tokens/s): about {duration(step * left)} left")
         # A log comes before a save, so what is saved was finite.
-        if state.global_step % self.every == 0 and left and now - self.saved >= self.save_seconds:
+        if state.global_step % self.every == 0 and left and now - self.saved >= SAVE_SECONDS:
             control.should_save = True
-
-    length = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:
             return
         if not all(math.isfinite(logs.get(key, 0.0)) for key in ("loss", "grad_norm")):
+            left = "" if newest_checkpoint(self.work) is None else f"; the last good state stays in {self.work}"
             raise Refused(
-                f"the training loss is no longer a number at step {state.global_step} of {state.max_steps}: heal with a "
-                f"smaller --learning-rate (it was {args.learning_rate:g}); the last good state stays in {self.work}"
+                f"the training loss is not a number at step {state.global_step} of {state.max_steps}: heal with a smaller "
+                f"--learning-rate (it was {args.learning_rate:g}), or, at the first step, look at the weights{left}"
             )
         self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
@@ -171,9 +173,6 @@ class _Watch(TrainerCallback):
         self.saved = time.perf_counter()
         folder = self.work / f"checkpoint-{state.global_step}"
         write_json(folder / MARK, {"step": state.global_step, "seconds": self.seconds})
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
 
 
 def train(
@@ -187,7 +186,6 @@ def train(
     extra: Mapping[str, int],
     say: Say,
     progress: bool = False,
-    save_seconds: float = 120.0,
 ) -> dict[str, Any]:
     """Train the LoRA weights of `model` in place; returns losses and seconds.
 
@@ -197,8 +195,7 @@ def train(
     Raises Refused when the loss is no longer a number, and where the GPU's memory runs out.
     """
     every = max(1, settings.steps // 100)
-    watch = _Watch(work, every, save_seconds, say, progress)
-    watch.length = settings.length
+    watch = _Watch(work, every, settings.length, say, progress)
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
@@ -237,6 +234,9 @@ def train(
             f"the GPU's memory ran out with {micro_batch} sequences of {settings.length} tokens at once: use a smaller "
             "--micro-batch or --length"
         ) from error
+    finally:
+        if watch.bar is not None:
+            watch.bar.close()
     curve = [[entry["step"], round(entry["loss"], 5)] for entry in trainer.state.log_history if "loss" in entry]
     return {"first": curve[0][1], "last": curve[-1][1], "curve": curve, "seconds": round(watch.seconds, 1)}
 
