@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerprune.eval.tasks import TaskSet, load_tasks, score_tasks
+from layerprune.eval.tasks import TaskSet, check_counts, load_tasks, score_tasks
 from layerprune.model.data import batches, check_data, read_documents, tokenise
 from layerprune.model.errors import UsageError
 from layerprune.model.files import made_folder, must_not_exist, read_json, write_json
@@ -39,15 +39,24 @@ def measure_loss(
     """Loss over all predicted tokens (every token of a document but its first).
 
     normalised is nats_per_token / ln V: 0 is certainty, 1 a uniform guess, more is worse than a guess. max_tokens:
-    tokens a batch, padding included; by default what keeps the logits within 1 GiB (256 MiB on the CPU).
+    tokens a batch, padding included; by default what keeps the logits within 1 GiB (256 MiB on the CPU), but never
+    less than a document. A batch that runs out of GPU memory is halved; Refused where one document does not fit.
     """
-    from layerprune.eval.harness import logit_budget, token_budget
-    from layerprune.model.loss import total_loss
+    from layerprune.eval.memory import in_halves, logit_budget, token_budget
+    from layerprune.model.loss import LossSum, total_loss
 
     if max_tokens is None:
         kind = decoder.device.type
         max_tokens = max(1, min(token_budget(kind), logit_budget(kind) // (4 * vocab)))
-    total = total_loss(decoder, batches(sequences, max_tokens, pad_id), progress)
+    total = LossSum()
+
+    def add(rows: Sequence[int]) -> None:
+        part = [sequences[row] for row in rows]
+        total.merge(total_loss(decoder, batches(part, len(part) * len(part[0]), pad_id)))
+
+    for batch in batches(sequences, max_tokens):
+        in_halves(batch.rows, add)
+        progress(len(batch.rows))
     return {
         "normalised": total.normalised(vocab),
         "nats_per_token": total.per_token(),
@@ -101,6 +110,8 @@ def parse_tasks(
 ) -> Shots:
     """Tasks and their in-context examples. `name:5` counts first, then num_fewshot, then the recipe's number for
     that task, then the task's own (None). Without tasks, the recipe's. Raises UsageError for what is no number."""
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UsageError(f"--num-fewshot {num_fewshot}: use 0 or more")
     known: Shots = dict(recipe.eval.tasks) if recipe else {}
     if tasks is None:
         return {name: shots if num_fewshot is None else num_fewshot for name, shots in known.items()}
@@ -148,16 +159,12 @@ def evaluate_checkpoint(
     data are loaded before the model, so that what is missing shows at once. Raises UsageError and Refused.
     """
     from layerprune.model.decoder import view_decoder
-    from layerprune.model.source import find_model, load_model, load_tokenizer, pick_device
+    from layerprune.model.source import find_model, load_model, load_tokenizer, pick_device, pick_length
 
     start = time.monotonic()
     if out is not None:
         must_not_exist(Path(out))
-    for option, number in (("--limit", limit), ("--samples", samples), ("--batch-size", batch_size)):
-        if number is not None and number < 1:
-            raise UsageError(f"{option} {number} measures nothing: use at least 1")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise UsageError(f"--num-fewshot {num_fewshot}: use 0 or more")
+    check_counts(limit=limit, samples=samples, batch_size=batch_size)
     pick_device(device)
     source = find_model(str(model), revision)
     recipe = source.recipe
@@ -171,7 +178,7 @@ def evaluate_checkpoint(
     if not asked and not loss:
         raise UsageError("nothing to measure: give --tasks, or leave the loss on")
     if loss:
-        check_data(data, "--eval-data")
+        check_data(data, "--eval-data", "validation", seed)
     ready = load_tasks(asked, folder, seed) if asked else None
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -199,7 +206,7 @@ def evaluate_checkpoint(
             "tasks": asked,
             "task_folder": None if folder is None else str(folder),
             "limit": limit,
-            "loss": None if sequences is None else {"data": data, "samples": samples, "length": max(map(len, sequences))},
+            "loss": None if sequences is None else {"data": data, "samples": samples, "length": pick_length(length, live.config)},
             "seed": seed,
             "dtype": str(live.dtype).removeprefix("torch."),
             "device": str(decoder.device),

@@ -7,7 +7,7 @@ import statistics
 import time
 from typing import Any
 
-from layerprune.eval.harness import is_cut
+from layerprune.model.decoder import is_cut
 from layerprune.model.source import context_length, vocab_size
 
 

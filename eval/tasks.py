@@ -9,10 +9,12 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from layerprune.model.errors import Refused, UsageError, network_errors
 from layerprune.model.source import one_line
@@ -50,9 +52,13 @@ def load_tasks(
     if unknown:
         names = manager.all_tasks
         near = [n for name in unknown for n in difflib.get_close_matches(name, names, n=3, cutoff=0.6)]
-        few = f"the folder has {', '.join(names)}" if len(names) < 20 else "`lm-eval ls tasks` lists all tasks"
+        few = f"there are {', '.join(names)}" if len(names) < 20 else "`lm-eval ls tasks` lists all tasks"
         hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else few
-        raise UsageError(f"lm-eval knows no task {', '.join(unknown)}; {hint}")
+        broken = "" if task_folder is None else "".join(f"; {fault}" for fault in _broken_files(Path(task_folder)))
+        raise UsageError(f"lm-eval knows no task {', '.join(unknown)}{broken}; {hint}")
+    for name, shots in tasks.items():
+        if shots is not None and shots < 0:
+            raise UsageError(f"{shots} in-context examples for task {name}: use 0 or more")
     set_seeds(seed)
     members: dict[str, tuple[str, ...]] = {}
     merged: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -68,6 +74,8 @@ def load_tasks(
         members[name] = tuple(found["tasks"])
         for part in merged:
             merged[part].update(found.get(part, {}))
+    for key, task in merged["tasks"].items():
+        _try_first_item(key, task, seed)
     return TaskSet(tuple(tasks), members, merged)
 
 
@@ -77,11 +85,25 @@ def _load_one(manager: Any, name: str) -> dict[str, Any]:
     try:
         with _quiet():
             return manager.load([name])
-    except (ValueError, DatasetsError, *network_errors()) as error:
+    except (DatasetsError, *network_errors()) as error:
         raise Refused(
             f"the data set of task {name} cannot be loaded: {one_line(error)}; it has to be in the local cache, "
             "a local file, or within reach of the network"
         ) from error
+    except ModuleNotFoundError as error:
+        raise Refused(f"task {name} needs the Python package {error.name}, which is not installed here") from error
+    except Exception as error:  # a task is somebody's file, with code and templates: whatever it raises is its fault
+        raise Refused(f"task {name} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _try_first_item(name: str, task: Any, seed: int) -> None:
+    """Build the first prompt, so that a task whose file does not fit its data is refused before a model is loaded."""
+    try:
+        with _quiet():
+            task.set_fewshot_seed(seed=lm_eval_seeds(seed)[3])
+            task.build_all_requests(limit=1)
+    except Exception as error:  # as above
+        raise Refused(f"task {name} makes no prompt: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _check_task(name: str, task: Any) -> None:
@@ -101,10 +123,34 @@ def _manager(names: tuple[str, ...], folder: Path | None) -> Any:
     with _quiet():
         local = TaskManager(include_path=folder, include_defaults=False)
         if not local.all_tasks:
-            raise UsageError(f"the task folder {folder} has no tasks: no .yaml file in it has a `task:` or `group:` key")
+            why = "; ".join(_broken_files(folder)) or "no .yaml file in it has a `task:` or `group:` key"
+            raise UsageError(f"the task folder {folder} has no tasks: {why}")
         if all(_is_complete(local.task_index, name) for name in names):
             return local
         return TaskManager(include_path=folder)
+
+
+class _AnyTag(yaml.SafeLoader):
+    """Reads lm-eval's `!function` as nothing: only the syntax is looked at."""
+
+
+_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _broken_files(folder: Path) -> list[str]:
+    """What is wrong with the YAML files of a folder; lm-eval passes over such files in silence."""
+    faults = []
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), _AnyTag)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            faults.append(f"{path} is not valid YAML: {one_line(error)}")
+            continue
+        includes = content.get("include", []) if isinstance(content, dict) else []
+        for name in [includes] if isinstance(includes, str) else includes:
+            if not (path.parent / name).exists():
+                faults.append(f"{path} includes {name}, which does not exist")
+    return faults
 
 
 @functools.cache
@@ -144,15 +190,30 @@ def set_seeds(seed: int) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's log below errors is dropped, and what it prints goes to stderr."""
+    """lm-eval's log below errors is dropped, as are its bars (one a subject); what it prints goes to stderr."""
+    from lm_eval.api import task as building
+
     log = logging.getLogger("lm_eval")
-    before = log.level
+    before, bar = log.level, building.tqdm
     log.setLevel(logging.ERROR)
+    building.tqdm = _no_bar
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
         log.setLevel(before)
+        building.tqdm = bar
+
+
+def _no_bar(items: Iterable[Any], **settings: Any) -> Iterable[Any]:
+    return items
+
+
+def check_counts(**options: int | None) -> None:
+    """Raise UsageError where an option that counts something (limit, batch_size ...) is below 1."""
+    for name, number in options.items():
+        if number is not None and number < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {number} measures nothing: use at least 1")
 
 
 def run_harness(
@@ -206,6 +267,7 @@ def score_tasks(
     stderr, n, shots, chance (1 / choices) and majority (share of the most frequent answer; two choices only), None
     where unknown. With `samples`, also correct: for each task 1 or 0 an item, in the order of the data set.
     """
+    check_counts(limit=limit, batch_size=batch_size)
     ready = tasks if isinstance(tasks, TaskSet) else load_tasks(tasks, task_folder, seed)
     found, truncated = run_harness(
         model, tokenizer, ready, limit=limit, batch_size=batch_size, seed=seed, progress=progress

@@ -166,6 +166,12 @@ def virtual_cut(decoder: Decoder, kept: Kept) -> Iterator[None]:
         yield
 
 
+def is_cut(model: Any) -> bool:
+    """Whether layers of this model are virtually cut (or watched) at this moment."""
+    forwards = (layer.__dict__.get("forward") for layer in view_decoder(model).layers)
+    return any("replaced_forwards" in getattr(f, "__qualname__", "") for f in forwards)
+
+
 @torch.no_grad()
 def _returns_tuple(decoder: Decoder) -> bool:
     """Whether the layers return tuples, found by running the first layer on two tokens."""
