@@ -146,7 +146,7 @@ def rank_blocks(
         must_not_exist(Path(out))
     source = find_model(str(model))
     settings = rank_settings(source, data, samples, length)
-    check_data(settings["data"], "--calibration")
+    check_data(settings["data"], "--calibration", "validation", seed)
     pick_dtype(dtype, pick_device(device))
     pick_length(settings["length"], load_config(source.folder, trust_remote_code))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)

@@ -509,7 +509,7 @@ def test_what_a_failed_run_has_found_is_kept(world: World, monkeypatch: pytest.M
 
 
 ON_A_SMALL_DISK = """
-import json, os, pathlib, shutil, sys
+import json, pathlib, shutil, subprocess, sys
 import torch
 from click.testing import CliRunner
 from layerprune.cli import main
@@ -549,7 +549,8 @@ def free_then_filled(leave):
 
 def call(command):
     made = CliRunner().invoke(main, [*COMMANDS[command], "--out", str(out)])
-    filler.unlink(missing_ok=True)
+    if filler.exists():
+        filler.unlink()
     left = sorted(str(p.relative_to(disk)) for p in disk.rglob("*") if not p.is_relative_to(disk / "model"))
     failure = None if made.exception is None or isinstance(made.exception, SystemExit) else repr(made.exception)
     return {"code": made.exit_code, "stderr": made.stderr, "stdout": made.stdout, "left": left, "failure": failure}
@@ -559,9 +560,13 @@ def scenario(command, when, leave, keep=False):
         shutil.copytree(model, disk / "model", dirs_exist_ok=True)
     if when == "before":
         fill(leave)
+    if when == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     cut.free_bytes = train.free_bytes = free_then_filled(leave) if when == "meanwhile" else free_bytes
     found = call(command)
     cut.free_bytes = train.free_bytes = free_bytes
+    if when == "read-only":
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     if keep:
         found["again"] = call(command)
     shutil.rmtree(out, ignore_errors=True)
@@ -608,6 +613,7 @@ def on_a_small_disk(
     scenarios["run meanwhile"] = ("run", "meanwhile", 64 << 10, True)
     scenarios["heal before"] = ("heal", "before", 64 << 10)
     scenarios |= {f"heal meanwhile, {kb} kB": ("heal", "meanwhile", kb << 10, True) for kb in HEAL_LEAVES}
+    scenarios |= {f"{command} read-only": (command, "read-only", 0) for command in COMMANDS}
     line = [sys.executable, "-c", ON_A_SMALL_DISK, root / "mounted", tiny_llama, data, json.dumps(scenarios)]
     done = subprocess.run([*small_disk, root / "mounted", *line], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -619,6 +625,13 @@ def full(found: dict[str, Any]) -> None:
     lines = [line for line in re.split(r"[\r\n]+", found["stderr"]) if line]
     assert sum(line.startswith("Error: ") for line in lines) == 1, found
     assert lines[-1].startswith("Error: the disk is full: ") and "/out" in lines[-1] and "partial" not in lines[-1], found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_system_that_is_read_only(command: str, on_a_small_disk: dict[str, dict[str, Any]]) -> None:
+    found = on_a_small_disk[f"{command} read-only"]
+    assert found["failure"] is None and found["code"] == 1 and found["stdout"] == "" and found["left"] == [], found
+    assert re.fullmatch(r"Error: \S+/mounted/out cannot be written because \S+/mounted is read-only: .*\n", found["stderr"]), found
 
 
 @pytest.mark.parametrize("command", ["prune", "prune here", "run", "rank", "eval", "heal"])
