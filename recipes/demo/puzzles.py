@@ -145,9 +145,11 @@ def items(rng: Rng, count: int) -> list[dict]:
     while len(out) < count:
         i = len(out)
         family, steps = FAMILIES[i % len(FAMILIES)], EVAL_STEPS[i // len(FAMILIES) % len(EVAL_STEPS)]
+        if family is turns:  # two turns have too few cores for enough of them to be held
+            steps += 1
         puzzle = family(rng, steps, False)
         question, answer, choices = puzzle.questions[0]
-        key = puzzle.core if len(puzzle.core) > 20 else puzzle.premise
+        key = puzzle.premise if family in (turns, dial) else puzzle.core  # those two have few cores
         if not puzzle.held() or key in cores:
             continue
         cores.add(key)
