@@ -152,12 +152,12 @@ class LiveModel(HFLM):
         return self.model(ids_BT.to(self.device), use_cache=False, **more).logits[:, -keep:]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        # Greedy search makes text of NaN without complaint: one prompt shows it.
-        prompt = torch.tensor([self.tok_encode(requests[0].args[0])[-self.max_length :]])
-        if prompt.numel() and self._logits(prompt, 1).isnan().any():
-            raise _not_numbers()
         truncated = self.truncated
         try:
+            # Greedy search makes text of NaN without complaint: one prompt shows it.
+            prompt = torch.tensor([self.tok_encode(requests[0].args[0])[-self.max_length :]], dtype=torch.long)
+            if prompt.numel() and self._logits(prompt, 1).isnan().any():
+                raise _not_numbers()
             return super().generate_until(requests, disable_tqdm=not self.progress)
         except AssertionError as error:  # lm-eval's word for a task that wants more tokens than the context holds
             raise Refused(f"lm-eval cannot generate for this task: {one_line(error)}") from error

@@ -103,7 +103,8 @@ def _try_first_item(name: str, task: Any, seed: int) -> None:
             task.set_fewshot_seed(seed=lm_eval_seeds(seed)[3])
             task.build_all_requests(limit=1)
     except Exception as error:  # as above
-        raise Refused(f"task {name} makes no prompt: {type(error).__name__}: {one_line(error)}") from error
+        shots = f"{task.get_config('num_fewshot')} in-context examples"
+        raise Refused(f"task {name} with {shots} makes no prompt: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _check_task(name: str, task: Any) -> None:
@@ -286,36 +287,46 @@ def score_tasks(
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics as JSON: numpy numbers become Python's, "N/A" becomes None."""
+    """Metrics as JSON: numpy numbers become Python's, "N/A" and what is no finite number become None."""
     plain: dict[str, Any] = {}
     for key, value in metrics.items():
-        if hasattr(value, "item"):
-            value = value.item()
-        plain[key] = None if value == "N/A" else value if isinstance(value, int | float | str) else str(value)
+        value = value.item() if hasattr(value, "item") else value
+        if isinstance(value, Mapping):
+            plain[key] = _plain(value)
+        elif value == "N/A" or isinstance(value, float) and not math.isfinite(value):
+            plain[key] = None
+        else:
+            plain[key] = value if isinstance(value, int | float | str | None) else str(value)
     return plain
 
 
 def _rows(name: str, tasks: TaskSet, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The table rows of one name asked for: a task, a group (its aggregate and plain mean) or a tag (its tasks)."""
+    """The table rows of one name asked for: a task; a group (lm-eval's aggregate if it has one, and the plain mean);
+    or the tasks of a tag, and of a group without either."""
     members = tasks.members[name]
-    if name not in found["results"]:
-        return [row for member in members for row in _metric_rows(member, (member,), found, tasks)]
-    rows = _metric_rows(name, members, found, tasks)
+    rows = _metric_rows(name, members, found, tasks) if name in found["results"] else []
+    each = [_metric_rows(member, (member,), found, tasks) for member in members]
     if name in tasks.loaded["groups"]:
-        single = [row for m in members for row in _metric_rows(m, (m,), found, tasks) if row["metric"] == "acc"]
+        single = [row for member in each for row in member if row["metric"] == "acc"]
         if len(single) == len(members):
-            errors = [row["stderr"] for row in single]
-            spread = None if None in errors else math.sqrt(sum(e * e for e in errors)) / len(errors)
-            mean = sum(row["value"] for row in single) / len(single)
-            chances = {row["chance"] for row in single}
-            shots = {row["shots"] for row in single}
-            rows.append(
-                single[0]
-                | {"task": name, "metric": "acc (mean of subjects)", "value": mean, "stderr": spread, "majority": None}
-                | {"n": sum(row["n"] for row in single), "chance": chances.pop() if len(chances) == 1 else None}
-                | {"shots": shots.pop() if len(shots) == 1 else None}
-            )
-    return rows
+            rows.append(_plain_mean(name, single))
+    return rows or [row for member in each for row in member]
+
+
+def _plain_mean(name: str, single: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over subjects, all of them with the same weight, as papers report MMLU."""
+    errors = [row["stderr"] for row in single]
+    chances, shots = {row["chance"] for row in single}, {row["shots"] for row in single}
+    return {
+        "task": name,
+        "metric": "acc (mean of subjects)",
+        "value": sum(row["value"] for row in single) / len(single),
+        "stderr": None if None in errors else math.sqrt(sum(e * e for e in errors)) / len(errors),
+        "n": sum(row["n"] for row in single),
+        "shots": shots.pop() if len(shots) == 1 else None,
+        "chance": chances.pop() if len(chances) == 1 else None,
+        "majority": None,
+    }
 
 
 def _metric_rows(
@@ -340,7 +351,7 @@ def _metric_rows(
                     "stderr": metrics.get(f"{base}_stderr,{kind}"),
                     "n": sum(found["n-samples"][m]["effective"] for m in members),
                     "shots": found["n-shot"].get(name),
-                    "chance": chances.copy().pop() if len(chances) == 1 else None,
+                    "chance": next(iter(chances)) if len(chances) == 1 else None,
                     "majority": facts[0][1] if len(members) == 1 and shown == "acc" else None,
                 }
             )
