@@ -356,6 +356,41 @@ def test_a_device_that_is_not_there(command: str, device: str, world: World) -> 
     world.refused(world.arguments(command, device=device), 2, f"--device {device}")
 
 
+# Tasks
+
+
+def task_folder(world: World, data: bool = True) -> Path:
+    """A folder with the task `towers`, whose items may be missing."""
+    folder = world.root / "tasks"
+    folder.mkdir()
+    items = [{"query": f"The tower {i} is", "choices": ["tall", "lost"], "gold": i % 2} for i in range(4)]
+    if data:
+        (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder / "towers.yaml").write_text(
+        f"task: towers\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'items.jsonl'}\n"
+        'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{query}}"\ndoc_to_choice: "{{choices}}"\n'
+        'doc_to_target: "{{gold}}"\nmetric_list:\n  - metric: acc\n'
+    )
+    return folder
+
+
+@pytest.mark.parametrize("command", ["run", "eval"])
+def test_tasks_that_are_unknown_or_have_no_data(command: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(world.root / "hf"))
+    folder = task_folder(world, data=False)
+    if command == "run":  # an unknown name makes lm-eval read its thousands of task files, which takes seconds
+        world.refused(world.arguments(command, tasks="towers:x", **{"task-folder": folder}), 2, "towers:x", "towers")
+    world.refused(world.arguments(command, tasks="towers", **{"task-folder": folder}), 1, "towers", "items.jsonl")
+    world.refused(world.arguments(command, tasks="towers", **{"task-folder": world.root / "none"}), 2, "none", "does not exist")
+    world.refused(world.arguments(command, tasks="towers,towers", **{"task-folder": folder}), 2, "towers twice")
+
+
+def test_scores_of_weights_that_are_not_numbers(world: World) -> None:
+    edit_weights(world.model, BROKEN_NUMBERS["NaN in layer 3"])
+    options = {"tasks": "towers", "task-folder": task_folder(world), "no-loss": True, "eval-data": None}
+    world.refused(world.arguments("eval", **options), 1, "logits are not numbers")
+
+
 # Rankings
 
 
@@ -484,6 +519,14 @@ def test_a_run_of_other_inputs_is_not_touched(world: World) -> None:
     for text, word in (("{", "not valid JSON"), ("[]", "not the manifest"), ("{}", "not the manifest")):
         manifest.write_text(text)
         world.refused(world.arguments("run"), 1, str(manifest), word, early=True)
+
+
+def test_a_run_that_another_process_is_at_work_on(world: World) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    assert CliRunner().invoke(main, world.arguments("run")).exit_code == 0
+    with open(world.out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        world.refused(world.arguments("run"), 1, str(world.out), "another process", early=True)
 
 
 def test_what_a_failed_run_has_found_is_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
