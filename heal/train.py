@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -234,17 +235,16 @@ def _train(
     live = trainer.add_lora(live, pattern, settings)
     trainable = sum(p.numel() for p in live.parameters() if p.requires_grad)
     leaves = sorted({target.inside for target in targets})
-    micro_batch = _micro_batch(live, settings, chosen, extra, work)
+    memory = _memory(live, settings, chosen, extra, work)
     exempt = sum(target.name in keep for target in targets)
     if exempt:
         say(f"{exempt} of the {len(targets)} linear layers stay unquantised: their widths do not fit NF4's blocks of 64")
     say(
         f"{trainable:,} trainable parameters in {len(targets)} linear layers ({', '.join(leaves)}); NF4 base, "
-        f"{str(compute).removeprefix('torch.')} on {chosen}, {micro_batch} of {settings.batch_size} sequences at once"
+        f"{str(compute).removeprefix('torch.')} on {chosen}, {memory.micro_batch} of {settings.batch_size} sequences at once"
+        f"{', gradient checkpointing' if memory.checkpointing else ''}"
     )
-    losses = trainer.train(
-        live, packed, settings, work=work, device=chosen, micro_batch=micro_batch, extra=extra, say=say, progress=progress
-    )
+    losses = trainer.train(live, packed, settings, work=work, device=chosen, memory=memory, extra=extra, say=say, progress=progress)
     # peft would write the folder of this machine into the adapter; what the user calls the model means more
     live.peft_config["default"].base_model_name_or_path = source.hub_id or source.name
     shutil.rmtree(work / "adapter", ignore_errors=True)
@@ -258,23 +258,24 @@ def _train(
         "epochs": packed.epochs,
         "trainable": trainable,
         "modules": leaves,
-        "micro_batch": micro_batch,
+        "micro_batch": memory.micro_batch,
+        "checkpointing": memory.checkpointing,
         "compute": str(compute).removeprefix("torch."),
         "where": {module: [place.name, place.transposed] for module, place in where.items()},
     }
     write_json(work / "trained.json", about)
 
 
-def _micro_batch(live: Any, settings: Healing, device: str, extra: Mapping[str, int], work: Path) -> int:
+def _memory(live: Any, settings: Healing, device: str, extra: Mapping[str, int], work: Path) -> Any:
     """What the user gave, else what this healing was begun with, else what fits."""
-    from layerprune.heal.trainer import choose_micro_batch
+    from layerprune.heal.trainer import Memory, choose_memory
 
-    begun = work / "micro_batch.json"
+    begun = work / "memory.json"
     if settings.micro_batch is None and begun.exists():
-        return int(read_json(begun))
-    size = choose_micro_batch(live, settings, device, extra)
-    write_json(begun, size)
-    return size
+        return Memory(**read_json(begun))
+    memory = choose_memory(live, settings, device, extra)
+    write_json(begun, asdict(memory))
+    return memory
 
 
 def _record(
@@ -288,6 +289,7 @@ def _record(
         "origin": settings.origin,
         "quantisation": f"NF4, double quantisation, {trained['compute']} compute",
         "device": device,
+        "gradient_checkpointing": trained["checkpointing"],
         "steps": settings.steps,
         "tokens": settings.tokens,
         "documents": trained["documents"],

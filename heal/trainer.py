@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ MARK = "whole.json"
 SAVE_SECONDS = 120.0
 """Training time between two checkpoints; it does not touch the results."""
 _CPU_MICRO_BATCH = 4
-_GPU_MICRO_TOKENS = 32_768
+_GPU_MOST_TOKENS = 32_768
+_GPU_ENOUGH_TOKENS = 4096
+"""Tokens of a micro-batch above which more of them are no faster, and below which decoding NF4 costs too much."""
 _GPU_ROOM = 0.92
 
 
@@ -77,13 +80,14 @@ def load_quantised(
     model.train()
     model.requires_grad_(False)
     model.config.use_cache = False
-    if model.device.type != "cpu":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def compute_dtype(device: str) -> torch.dtype:
-    """bfloat16, but float32 on a CPU without bfloat16 instructions, where emulating them is slower."""
+    """bfloat16, but float32 on a CPU without bfloat16 instructions, where emulating them is slower.
+
+    The result hardly depends on it: 0.4470 in both for the cut 32-layer model of benchmarks/heal_quality.py.
+    """
     if device != "cpu":
         return torch.bfloat16
     fast = (
@@ -109,6 +113,14 @@ def add_lora(model: Any, pattern: str, settings: Healing) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(model, config)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Sequences in memory at once, and whether activations are computed again in the backward pass."""
+
+    micro_batch: int
+    checkpointing: bool
 
 
 class Sequences(torch.utils.data.Dataset):
@@ -182,7 +194,7 @@ def train(
     *,
     work: Path,
     device: str,
-    micro_batch: int,
+    memory: Memory,
     extra: Mapping[str, int],
     say: Say,
     progress: bool = False,
@@ -194,6 +206,8 @@ def train(
     `last` are the ends of it.
     Raises Refused when the loss is no longer a number, and where the GPU's memory runs out.
     """
+    set_memory(model, memory)
+    micro_batch = memory.micro_batch
     every = max(1, settings.steps // 100)
     watch = _Watch(work, every, settings.length, say, progress)
     arguments = TrainingArguments(
@@ -252,30 +266,45 @@ def newest_checkpoint(work: Path) -> Path | None:
     return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def choose_micro_batch(model: Any, settings: Healing, device: str, extra: Mapping[str, int]) -> int:
-    """How many sequences are in memory at once: the largest divisor of the batch that fits.
+def choose_memory(model: Any, settings: Healing, device: str, extra: Mapping[str, int]) -> Memory:
+    """How many sequences are in memory at once, and whether activations are kept; the model is set accordingly.
 
-    On a GPU it is found by trying: one pass forward and back, with the length and the model of the training.
+    On a GPU it is found by trying one pass forward and back. Keeping activations is a third faster than computing
+    them twice (measured at Llama-2-7B's shape) as long as the weights are decoded for enough tokens at a time; where it
+    does not fit, the largest micro-batch with gradient checkpointing is taken.
     """
-    if settings.micro_batch is not None:
-        return settings.micro_batch
-    most = _CPU_MICRO_BATCH if device == "cpu" else max(1, _GPU_MICRO_TOKENS // settings.length)
-    candidates = [d for d in reversed(divisors(settings.batch_size)) if d <= most]
+    sizes = list(reversed(divisors(settings.batch_size))) if settings.micro_batch is None else [settings.micro_batch]
     if device == "cpu":
-        return candidates[0]
-    return next((size for size in candidates if _fits(model, size, settings.length, extra)), 1)
+        return Memory(next(size for size in sizes if size <= _CPU_MICRO_BATCH or settings.micro_batch), False)
+    some = [size for size in sizes if size * settings.length <= _GPU_MOST_TOKENS] or sizes[-1:]
+    enough = [size for size in some if size * settings.length >= _GPU_ENOUGH_TOKENS] or some[:1]
+    tries = [Memory(size, False) for size in enough] + [Memory(size, True) for size in some]
+    # the last is taken untried: if it does not fit, training says so
+    return next((memory for memory in tries[:-1] if _fits(model, memory, settings.length, extra)), tries[-1])
 
 
-def _fits(model: Any, size: int, length: int, extra: Mapping[str, int]) -> bool:
-    ids_BT = torch.ones((size, length), dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+def set_memory(model: Any, memory: Memory) -> None:
+    """Turn gradient checkpointing on or off."""
+    if memory.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def _fits(model: Any, memory: Memory, length: int, extra: Mapping[str, int]) -> bool:
+    set_memory(model, memory)
+    device = model.get_input_embeddings().weight.device
+    ids_BT = torch.ones((memory.micro_batch, length), dtype=torch.long, device=device)
+    for gpu in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(gpu)
     try:
         with torch.autocast("cuda", torch.bfloat16):
             more = {key: torch.full_like(ids_BT, value) for key, value in extra.items()}
             model(input_ids=ids_BT, labels=ids_BT, use_cache=False, **more).loss.backward()
-        peak, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
-        return peak <= _GPU_ROOM * total
+        return all(
+            torch.cuda.max_memory_reserved(gpu) <= _GPU_ROOM * torch.cuda.get_device_properties(gpu).total_memory
+            for gpu in range(torch.cuda.device_count())
+        )
     except torch.cuda.OutOfMemoryError:
         return False
     finally:

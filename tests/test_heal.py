@@ -381,7 +381,7 @@ def packing_dies():
 
 def saving_dies():  # in the middle of writing a Trainer checkpoint
     save = trainer.Trainer._save_rng_state
-    trainer.Trainer._save_rng_state = lambda self, folder: die() if self.state.global_step == 7 else save(self, folder)
+    trainer.Trainer._save_rng_state = lambda self, folder: die() if self.state.global_step == 4 else save(self, folder)
 
 def merging_dies():
     write = merge.write_checkpoint
@@ -415,13 +415,13 @@ for name in ("undisturbed", *phases):
 
 def test_a_run_killed_in_any_phase_ends_with_the_same_bytes(base: Path, data: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(tmp_path), str(base), data, json.dumps({**SMALL, "batch_size": 8})],
+        [sys.executable, "-c", _KILLED, str(tmp_path), str(base), data, json.dumps({**SMALL, "steps": 6, "batch_size": 16})],
         capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     said = dict(json.loads(line) for line in done.stdout.splitlines())
     assert list(said) == ["undisturbed", "packing", "training", "merging", "publishing"]
-    assert any("going on from step 6 of 12" in line for line in said["training"])
+    assert any("going on from step 3 of 6" in line for line in said["training"])
     assert not any("trainable" in line for line in said["merging"]), "training is not done again"
     expected, losses = digest(tmp_path / "undisturbed"), None
     assert {"adapter/adapter_model.safetensors", "model/config.json"} <= expected.keys()
