@@ -155,11 +155,11 @@ def virtual_cut(decoder: Decoder, kept: Kept) -> Iterator[None]:
     """
     check_kept(kept, len(decoder))
     # What a layer returns is the model's contract with it; it is the same for all layers of a stack.
-    returns_tuple = _returns_tuple(decoder) if len(kept) < len(decoder) else False
+    length = _tuple_length(decoder) if len(kept) < len(decoder) else None
 
     def skip(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         hidden = first_hidden(args, kwargs)
-        return (hidden, *[None] * 2) if returns_tuple else hidden
+        return hidden if length is None else (hidden, *[None] * (length - 1))
 
     gone = set(range(len(decoder))) - set(kept)
     with replaced_forwards((decoder.layers[i], skip) for i in sorted(gone)):
@@ -173,12 +173,13 @@ def is_cut(model: Any) -> bool:
 
 
 @torch.no_grad()
-def _returns_tuple(decoder: Decoder) -> bool:
-    """Whether the layers return tuples, found by running the first layer on two tokens."""
-    answer: list[bool] = []
+def _tuple_length(decoder: Decoder) -> int | None:
+    """How many values the layers return, None for a bare tensor; found by running the first layer on two tokens."""
+    answer: list[int | None] = []
 
     def look(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        answer.append(isinstance(old(*args, **kwargs), tuple | list))
+        output = old(*args, **kwargs)
+        answer.append(len(output) if isinstance(output, tuple | list) else None)
         raise _Stop
 
     ids = torch.ones((1, 2), dtype=torch.long)

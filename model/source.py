@@ -10,6 +10,7 @@ from typing import Any
 
 from layerprune.model.errors import Refused, UsageError, network_errors
 from layerprune.model.files import read_json
+from layerprune.model.plan import unwelcome
 from layerprune.model.recipes import Recipe, load_recipe, recipe_names
 from layerprune.model.tensors import read_checkpoint
 
@@ -242,7 +243,7 @@ def check_keys(folder: Path, info: dict[str, Any], layers: int, stored: int) -> 
             f"the weights in {folder} contradict its config: {name} has the shape {tuple(here)}, and the config makes it "
             f"{tuple(wanted)}"
         )
-    for what, keys in (("missing", info["missing_keys"]), ("left over", info["unexpected_keys"])):
+    for what, keys in (("missing", info["missing_keys"]), ("left over", unwelcome(info["unexpected_keys"], layers))):
         if keys:
             raise Refused(
                 f"the weights in {folder} contradict its config ({layers} layers): {len(keys)} of {stored} tensors "

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerprune.model.cuts import Kept
+from layerprune.model.cuts import Kept, describe_dropped
 from layerprune.model.decoder import Decoder, forward_logits, view_decoder, virtual_cut
 from layerprune.model.errors import Refused
+from layerprune.model.likeness import prove_config
 from layerprune.model.source import auto_class, check_keys, layer_count, load_config, load_model, one_line, quiet_transformers
-from layerprune.model.surgery import prove_config
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
 _CHUNK = 8 << 20
@@ -22,9 +22,16 @@ def meta_decoder(folder: Path, trust_remote_code: bool = False) -> Decoder:
 
     Raises Refused when a key is missing or left over, or a shape contradicts the config.
     """
+    decoder, info = _load_meta(folder, trust_remote_code)
+    check_keys(folder, info, len(decoder), len(read_checkpoint(folder)))
+    return decoder
+
+
+def _load_meta(folder: Path, trust_remote_code: bool) -> tuple[Decoder, dict[str, Any]]:
+    """The decoder on the meta device, and what the loader says of its keys."""
     quiet_transformers()
     config = load_config(folder, trust_remote_code)
-    stored = read_checkpoint(folder)
+    read_checkpoint(folder)
     try:
         model, info = auto_class(config).from_pretrained(
             folder, device_map={"": "meta"}, trust_remote_code=trust_remote_code, output_loading_info=True,
@@ -34,13 +41,17 @@ def meta_decoder(folder: Path, trust_remote_code: bool = False) -> Decoder:
         raise Refused(f"{folder} needs a package that is not installed to be read: {one_line(error)}") from error
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise Refused(f"transformers cannot read {folder}: {one_line(error)}") from error
-    check_keys(folder, info, layer_count(config), len(stored))
-    return view_decoder(model)
+    return view_decoder(model), info
 
 
 def prove_structure(source: Path, result: Path, kept: Kept, trust_remote_code: bool = False) -> None:
-    """Both load without a missing or unexpected key, and every kept layer is built like the one it came from."""
-    prove_config(meta_decoder(source, trust_remote_code), meta_decoder(result, trust_remote_code), kept)
+    """Both load without a missing key, the result without one left over, and every kept layer is built as it was."""
+    before = meta_decoder(source, trust_remote_code)
+    after, info = _load_meta(result, trust_remote_code)
+    prove_config(before, after, kept)  # first: it says why keys are missing
+    check_keys(result, info, len(kept), len(read_checkpoint(result)))
+    if info["unexpected_keys"]:
+        raise Refused(f"the written checkpoint is wrong: its model has no place for {min(info['unexpected_keys'])}")
 
 
 def prove_bytes(source: Mapping[str, StoredTensor], result: Path, renamed: Mapping[str, str]) -> None:
@@ -90,7 +101,13 @@ def prove_logits(source: Path, result: Path, kept: Kept, dtype: str, trust_remot
     """On the CPU, the result's logits on a few tokens equal those of the virtually cut source, bit for bit."""
     import torch
 
-    expected = _probe_logits(source, kept, dtype, trust_remote_code)
+    try:
+        expected = _probe_logits(source, kept, dtype, trust_remote_code)
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        raise Refused(
+            f"{source} does not run without layers {describe_dropped(kept, _count(source, trust_remote_code))}, because its "
+            f"layers pass on more than their states ({type(error).__name__}: {one_line(error)}); choose another block"
+        ) from error
     if not torch.isfinite(expected).all():
         raise Refused(
             f"the logits of {source} are not a number ({dtype} on the CPU), so the cut cannot be proven: its weights are "
@@ -103,6 +120,10 @@ def prove_logits(source: Path, result: Path, kept: Kept, dtype: str, trust_remot
             f"the written checkpoint is wrong: its logits differ from the cut source by up to {worst:.3g} ({dtype} on "
             "the CPU); this model depends on layer positions in a way that its config does not show"
         )
+
+
+def _count(folder: Path, trust_remote_code: bool) -> int:
+    return layer_count(load_config(folder, trust_remote_code))
 
 
 def _probe_logits(folder: Path, kept: Kept | None, dtype: str, trust_remote_code: bool) -> Any:

@@ -149,15 +149,15 @@ def plan_block(
     source: ModelSource, block: Block, strategy: str, distance: float | None, trust_remote_code: bool = False
 ) -> Cut:
     """Plan the cut of one block from config.json and the safetensors headers alone."""
-    from layerprune.model.surgery import cut_config, extra_layers
+    from layerprune.model.surgery import cut_config
 
     config = load_config(source.folder, trust_remote_code)
     count = layer_count(config)
     kept = block.kept(count)
     raw = read_json(source.folder / "config.json")
     stored = read_checkpoint(source.folder)
-    plan = plan_cut(stored, count, kept, extra_layers(config))
-    new = cut_config(raw, config, kept)
+    plan = plan_cut(stored, count, kept)
+    new = cut_config(raw, config, kept, plan.extra)
     return Cut(source, stored, count, block, kept, plan, new, strategy, distance, serving_note(new, config))
 
 

@@ -29,7 +29,7 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "n_embd": 32, "n_layer": LAYERS, "n_head": 4,
     "n_positions": 64, "n_inner": 48, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "q_lora_rank": 16,
-    "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
+    "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "linear_conv_kernel_dim": 2, "first_k_dense_replace": 3,
 }  # fmt: skip
@@ -198,7 +198,10 @@ FAMILIES: dict[str, Family] = {
     "BitNet": Family("bitnet"),
     "Helium": Family("helium"),
     "Persimmon": Family("persimmon"),
-    "xLSTM": Family("xlstm"),
+    "xLSTM": Family("xlstm", {"embedding_dim": 32, "num_heads": 4, "qk_dim_factor": 1.0, "chunk_size": 4}),
+    "Kimi-Linear": Family("kimi_linear", {
+        "num_key_value_heads": 4, "q_lora_rank": None, "linear_head_dim": 8, "linear_num_heads": 4,
+    }),
     "Gemma-3n": Family("gemma3n_text", {
         "num_kv_shared_layers": 3, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 160, "laurel_rank": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 4, "altup_num_inputs": 2,
@@ -206,20 +209,22 @@ FAMILIES: dict[str, Family] = {
     }),
     "Gemma-4": Family("gemma4_text", {
         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 160, "num_kv_shared_layers": 3,
-        "layer_types": ["sliding_attention", "full_attention"] * 4, "per_layer_config": None, "global_head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 4, "global_head_dim": 16,
     }),
     "Gemma-4 (plain)": Family("gemma4_text", {
         "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 160, "num_kv_shared_layers": 0, "global_head_dim": 16,
     }),
     "Gemma-3 (multimodal)": Family("gemma3", {"vision_config": _VISION, "mm_tokens_per_image": 4}, note="vision tower as deep"),
-    "LLaVA": Family("llava", {"vision_config": {**_VISION, "model_type": "clip_vision_model", "projection_dim": 32}, "text": "llama"}),
+    "LLaVA": Family("llava", {
+        "vision_config": {**_VISION, "model_type": "clip_vision_model", "projection_dim": 32}, "text": "llama",
+    }),
     "Mistral-3 (multimodal)": Family("mistral3", {
         "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 8}, "text": "mistral",
     }),
     "Qwen2.5-VL": Family("qwen2_5_vl", {"vision_config": {
         "depth": LAYERS, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32, "patch_size": 4,
         "fullatt_block_indexes": [3, 7], "window_size": 16,
-    }}),
+    }, "text_settings": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}}),
 }  # fmt: skip
 
 
