@@ -1,34 +1,31 @@
 """How much healing gives back: the normalised loss of a model whole, cut, and healed, and the seconds it took.
 
     python benchmarks/heal_quality.py --model DIR --layers 9:17 --data TRAIN.jsonl.zst --eval-data C4.jsonl \
-        --steps 160 --batch-size 4 --length 512 --lora-rank 16 --learning-rate 1e-3
+        --steps 160 --batch-size 4 --length 512 --lora-rank 16 --learning-rate 1e-3 --out benchmarks/heal_quality.json
 
 The loss is measured on documents of at least `--length` tokens, cut at that; `--skip` leaves out the first ones (used
-to choose the block). Prints a table, and adds a row to heal_quality.json beside this file unless --no-record.
+to choose the block). Prints a table and the record, and writes the record to `--out`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
-import platform
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import write_record
 
 from layerprune.heal.train import heal_checkpoint
 from layerprune.model.cuts import describe_dropped
 from layerprune.model.data import batches, read_documents, tokenise
 from layerprune.model.decoder import view_decoder
 from layerprune.model.loss import total_loss
-from layerprune.model.source import find_model, load_config, load_model, load_tokenizer, vocab_size
+from layerprune.model.source import find_model, load_config, load_model, load_tokenizer, pick_device, vocab_size
 from layerprune.prune.cut import prune_checkpoint
-
-RECORD = Path(__file__).with_suffix(".json")
 
 
 def normalised_loss(folder: Path, sequences: list[list[int]], device: str | None) -> float:
@@ -36,19 +33,6 @@ def normalised_loss(folder: Path, sequences: list[list[int]], device: str | None
     decoder = view_decoder(load_model(folder, device=device))
     vocab = vocab_size(load_config(folder))
     return total_loss(decoder, batches(sequences, 4096)).normalised(vocab)
-
-
-def machine(device: str | None) -> str:
-    """What it ran on: the GPU, or the processor and the threads used."""
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
@@ -68,7 +52,7 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
-    parser.add_argument("--no-record", action="store_true")
+    parser.add_argument("--out", help="file for the record")
     args = parser.parse_args()
 
     source = find_model(args.model)
@@ -91,27 +75,20 @@ def main() -> None:
         )  # fmt: skip
         seconds = time.perf_counter() - began
         healed = normalised_loss(Path(made) / "healed", sequences, args.device)
-    row: dict[str, Any] = {
-        "model": source.label,
-        "dropped": dropped,
-        "whole": round(whole, 4),
-        "cut": round(cut, 4),
-        "healed": round(healed, 4),
-        "documents": len(sequences),
-        "seconds": round(seconds, 1),
-        "train_seconds": healing["seconds"]["train"],
-        "tokens": healing["tokens"],
+    print(f"{'model':<16}{'dropped':<10}{'whole':>8}{'cut':>8}{'healed':>8}{'tokens':>12}{'seconds':>9}")
+    tokens = healing["tokens"]
+    print(f"{source.label:<16}{dropped:<10}{whole:>8.4f}{cut:>8.4f}{healed:>8.4f}{tokens:>12,}{seconds:>9.1f}")
+    shape: dict[str, Any] = {"model": source.label, "dropped": dropped, "loss documents": len(sequences), "tokens": tokens}
+    result = {
+        "normalised loss": {"whole": round(whole, 4), "cut": round(cut, 4), "healed": round(healed, 4)},
+        "seconds": {"all": round(seconds, 1), **healing["seconds"]},
+        "training loss": [healing["losses"]["first"], healing["losses"]["last"]],
         "settings": {**healing["settings"], "data": Path(healing["settings"]["data"]).name},
         "quantisation": healing["quantisation"],
-        "training_loss": [healing["losses"]["first"], healing["losses"]["last"]],
-        "machine": machine(args.device),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        "threads": torch.get_num_threads(),
+        "healing versions": {name: importlib.metadata.version(name) for name in ("peft", "bitsandbytes", "accelerate")},
     }
-    print(f"{'model':<16}{'dropped':<10}{'whole':>8}{'cut':>8}{'healed':>8}{'tokens':>12}{'seconds':>9}")
-    print(f"{row['model']:<16}{dropped:<10}{whole:>8.4f}{cut:>8.4f}{healed:>8.4f}{row['tokens']:>12,}{seconds:>9.1f}")
-    if not args.no_record:
-        rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
-        RECORD.write_text(json.dumps([*rows, row], indent=1) + "\n")
+    write_record(args.out, pick_device(args.device), shape, result)
 
 
 if __name__ == "__main__":

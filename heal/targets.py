@@ -134,7 +134,7 @@ def mlp_linears(decoder: Decoder, named: bool = False) -> list[str]:
     if not found:
         raise Refused(
             f"no MLP with linear layers was found in the {len(decoder)} layers of this {type(decoder.model).__name__}: "
-            "there is nothing that healing could train; name linear layers with `targets`"
+            "there is nothing that healing could train (from Python, `targets` names other linear layers)"
         )
     return found
 

@@ -285,10 +285,11 @@ def choose_memory(model: Any, settings: Healing, device: str, extra: Mapping[str
 
 def set_memory(model: Any, memory: Memory) -> None:
     """Turn gradient checkpointing on or off."""
-    if memory.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()
+    with quiet_warnings():  # newer transformers has another name for it, older has not
+        if memory.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        elif getattr(model, "is_gradient_checkpointing", False):
+            model.gradient_checkpointing_disable()
 
 
 def _fits(model: Any, memory: Memory, length: int, extra: Mapping[str, int]) -> bool:
