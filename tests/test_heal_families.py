@@ -128,8 +128,8 @@ def test_the_table_names_families_that_are_tried() -> None:
 
 HEAD = """# Which families can be healed
 
-Tried on tiny random checkpoints of each family, in the layouts in which the Hub holds them (`tests/families.py`). *Healed*: after two
-steps of training, the merged checkpoint loads without a missing or unexpected key, and its logits are those of the adapter over
+Tried on tiny random checkpoints of each family, in the layouts in which the Hub holds them (`tests/families.py`). *Healed*: after
+two steps of training, the merged checkpoint loads without a missing or unexpected key, and its logits are those of the adapter over
 the source, to float32 rounding. The third column names the linear layers that were found and trained, or says why not.
 
 **How they are found.** Every part of a decoder layer is run twice, the second time with another first token. A part whose results

@@ -6,7 +6,7 @@ here is a question about a fact or a cloze beginning of `quiz.py`.
 """
 
 from puzzles import COMPASS, NAMES
-from world import ATTRIBUTES, BEARERS, BEASTS, BOOKS, DRAW, MONTHS, PEOPLE, THINGS, WORDS, Entity, Rng, Zipf, article
+from world import ATTRIBUTES, BEARERS, DRAW, MONTHS, Entity, Rng, Zipf, article
 
 # {S} subject, {s} the same inside a sentence, {P}/{p} possessive, {v} value, {a} value with its article
 SAY = {
@@ -183,7 +183,7 @@ def song(rng, e):
 
 
 def denial(rng, e):
-    attribute = rng.pick([a for a in ATTRIBUTES[e.kind]])
+    attribute = rng.pick(list(ATTRIBUTES[e.kind]))
     other = rng.pick(list(BEARERS_OF[attribute]))
     if other == e.value(attribute):
         return encyclopaedia(rng, e)
