@@ -18,13 +18,19 @@ Shots = dict[str, int | None]
 
 
 def loss_sequences(
-    tokenizer: Any, config: Any, data: str, samples: int | None, length: int | None, seed: int = 0
+    tokenizer: Any,
+    config: Any,
+    data: str,
+    samples: int | None,
+    length: int | None,
+    seed: int = 0,
+    progress: bool = False,
 ) -> list[list[int]]:
     """Token ids of the validation documents: each truncated at `length`, those of fewer than 2 tokens left out."""
     from layerprune.model.source import pick_length, vocab_size
 
     documents = read_documents(data, "validation", samples, seed)
-    return tokenise(tokenizer, documents, pick_length(length, config), at_least=2, vocab=vocab_size(config))
+    return tokenise(tokenizer, documents, pick_length(length, config), at_least=2, vocab=vocab_size(config), progress=progress)
 
 
 def measure_loss(
@@ -84,14 +90,13 @@ def evaluate_live(
     A TaskSet and ready sequences serve any number of models. Returns {"loss": .. or None, "tasks": .. or None}.
     num_fewshot: for those tasks that map to None.
     """
-    from tqdm import tqdm
-
     from layerprune.model.decoder import view_decoder
+    from layerprune.model.progress import progress_bar
     from layerprune.model.source import vocab_size
 
     loss = scores = None
     if sequences is not None:
-        with tqdm(total=len(sequences), desc="documents", disable=not progress) as bar:
+        with progress_bar(len(sequences), "documents", "doc", progress) as bar:
             loss = measure_loss(view_decoder(model), sequences, vocab_size(model.config), progress=bar.update)
     if tasks:
         ready = tasks if isinstance(tasks, TaskSet) else load_tasks(_fill(tasks, num_fewshot), task_folder, seed)
@@ -181,8 +186,8 @@ def evaluate_checkpoint(
         check_data(data, "--eval-data", "validation", seed)
     ready = load_tasks(asked, folder, seed) if asked else None
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    sequences = loss_sequences(tokenizer, live.config, data, samples, length, seed) if loss else None
+    live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+    sequences = loss_sequences(tokenizer, live.config, data, samples, length, seed, progress) if loss else None
     decoder = view_decoder(live)
     measured = evaluate_live(
         live,

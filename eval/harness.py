@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
 
 from layerprune.eval.memory import in_halves, logit_budget, token_budget
 from layerprune.model.decoder import is_cut
 from layerprune.model.errors import Refused
+from layerprune.model.progress import progress_bar
 from layerprune.model.source import one_line, vocab_size
 
 Request = tuple[Any, list[int], list[int]]
@@ -77,7 +77,7 @@ class LiveModel(HFLM):
             for (_, i), answer in zip(asked, scored, strict=True):
                 answers[i] = answer
 
-        with tqdm(total=len(order), desc="prompts", disable=not self.progress) as bar:
+        with progress_bar(len(order), "prompts", "prompt", self.progress) as bar:
             start = 0
             while start < len(order):
                 batch = order[start : start + self._rows_that_fit(order, start, need)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from layerprune.model.data import stream_documents
 from layerprune.model.errors import Refused
 from layerprune.model.files import no_space_refusal, read_json, write_json
+from layerprune.model.progress import progress_bar
 
 _TOGETHER = 512
 """Documents that are tokenised in one call."""
@@ -32,7 +33,9 @@ class Packed:
     epochs: int
 
 
-def pack(tokenizer: Any, data: str, sequences: int, length: int, seed: int, folder: Path) -> Packed:
+def pack(
+    tokenizer: Any, data: str, sequences: int, length: int, seed: int, folder: Path, progress: bool = False
+) -> Packed:
     """Fill `sequences` sequences of `length` tokens from the data's train split; they depend on `seed` alone.
 
     Documents follow one another in a random order, each with the tokenizer's own special tokens and an end-of-text
@@ -48,7 +51,8 @@ def pack(tokenizer: Any, data: str, sequences: int, length: int, seed: int, fold
         with no_space_refusal(tokens):
             ids_NT = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=(sequences, length))
             _take_blocks(temporary)
-            documents, epochs = _fill(ids_NT, tokenizer, data, seed)
+            with progress_bar(sequences * length, "tokenise", "token", progress) as bar:
+                documents, epochs = _fill(ids_NT, tokenizer, data, seed, bar.update)
             ids_NT.flush()
         os.replace(temporary, tokens)
         write_json(about, {"documents": documents, "epochs": epochs})
@@ -63,7 +67,7 @@ def _take_blocks(sparse: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, sparse.stat().st_size)
 
 
-def _fill(ids_NT: Any, tokenizer: Any, data: str, seed: int) -> tuple[int, int]:
+def _fill(ids_NT: Any, tokenizer: Any, data: str, seed: int, progress: Callable[[int], Any]) -> tuple[int, int]:
     flat = ids_NT.reshape(-1)
     at = documents = epochs = 0
     while at < len(flat):
@@ -75,6 +79,7 @@ def _fill(ids_NT: Any, tokenizer: Any, data: str, seed: int) -> tuple[int, int]:
             part = ids[: len(flat) - at]
             flat[at : at + len(part)] = part
             at += len(part)
+            progress(len(part))
             if at == len(flat):
                 return documents, epochs
         if epochs == 1 and at < ids_NT.shape[1]:

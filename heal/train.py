@@ -19,6 +19,7 @@ from layerprune.model.data import check_data, check_token_id, data_fingerprint
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import (
     free_bytes,
+    locked,
     made_folder,
     must_not_exist,
     new_folder,
@@ -169,7 +170,7 @@ def _work_folder(work: Path, identity: dict[str, Any], out: Path) -> Iterator[bo
     from layerprune.heal.trainer import newest_checkpoint
 
     state = work / "heal.json"
-    with no_space_refusal(out), made_folder(work), _locked(work):
+    with no_space_refusal(out), made_folder(work), locked(work, "healing"):
         resumed = state.exists()
         if resumed:
             before = read_json(state)
@@ -192,21 +193,6 @@ def _work_folder(work: Path, identity: dict[str, Any], out: Path) -> Iterator[bo
             raise
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # no advisory locks on this system
-        yield
-        return
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Refused(f"another process is healing in {folder}: wait for it, or choose another --out") from None
-        yield
-
-
 def _train(
     source: ModelSource, settings: Healing, work: Path, device: str | None, chosen: str, trust: bool, say: Say, progress: bool
 ) -> None:
@@ -219,14 +205,15 @@ def _train(
     from layerprune.model.verify import meta_decoder
 
     tokenizer = load_tokenizer(source.folder, trust)
-    packed = pack(tokenizer, settings.data, settings.steps * settings.batch_size, settings.length, settings.seed, work)
+    sequences = settings.steps * settings.batch_size
+    packed = pack(tokenizer, settings.data, sequences, settings.length, settings.seed, work, progress)
     check_token_id(int(packed.ids_NT.max()), vocab_size(load_config(source.folder, trust)))
     if packed.epochs > 1:
         say(f"the data is shorter than {settings.tokens:,} tokens: it is gone through {packed.epochs} times")
     compute = trainer.compute_dtype(chosen)
     with trainer.quiet_warnings():
         keep = trainer.unquantised(meta_decoder(source.folder, trust).model, chosen)
-        live = trainer.load_quantised(source.folder, device, compute, keep, trust)
+        live = trainer.load_quantised(source.folder, device, compute, keep, trust, progress)
         decoder = view_decoder(live)
         extra = probe_forward(decoder)
         targets = choose_targets(decoder, settings.targets)
@@ -308,9 +295,8 @@ def _write(
     healing: dict[str, Any], trained: Mapping[str, Any], trust: bool, say: Say, progress: bool,
 ) -> dict[str, float]:  # fmt: skip
     """Merge, prove that the result loads, and publish: first the adapter, then the checkpoint."""
-    from tqdm import tqdm
-
     from layerprune.heal.merge import Stored, merge_adapter
+    from layerprune.model.progress import progress_bar
     from layerprune.model.verify import meta_decoder
 
     say("merging the adapter")
@@ -324,8 +310,7 @@ def _write(
         if templates.is_dir():
             shutil.copytree(templates, folder / templates.name)
         where = {module: Stored(name, transposed) for module, (name, transposed) in trained["where"].items()}
-        hide = not progress or total < 256 << 20
-        with tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=hide) as bar:
+        with progress_bar(total, "merge", "B", progress) as bar:
             merge_adapter(source.folder, work / "adapter", folder, where, bar.update)
         meta_decoder(folder, trust)
         seconds = {"train": trained["seconds"], "merge": round(time.perf_counter() - started, 1)}

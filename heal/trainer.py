@@ -55,7 +55,12 @@ def unquantised(model: Any, device: str) -> list[str]:
 
 
 def load_quantised(
-    folder: Path, device: str | None, compute: torch.dtype, keep: Sequence[str], trust_remote_code: bool = False
+    folder: Path,
+    device: str | None,
+    compute: torch.dtype,
+    keep: Sequence[str],
+    trust_remote_code: bool = False,
+    progress: bool = False,
 ) -> Any:
     """The model in NF4 with double quantisation; the linear layers in `keep`, and all else, stay in `compute`."""
     from transformers import BitsAndBytesConfig
@@ -75,6 +80,7 @@ def load_quantised(
         dtype=str(compute).removeprefix("torch."),
         trust_remote_code=trust_remote_code,
         quantization_config=quantisation,
+        progress=progress,
     )
     # Training mode from here on: in eval mode, on some CPUs, 4-bit layers repack their weights and cannot train.
     model.train()

@@ -296,7 +296,9 @@ class _Run:
         plan = self.plan
         # A device that was left open stays open for load_model, which spreads a model over several GPUs.
         device = None if plan.device == "cuda" else plan.device
-        live = load_model(folder, device=device, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code)
+        live = load_model(
+            folder, device=device, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code, progress=self.progress
+        )
         return live, load_tokenizer(folder, plan.trust_remote_code)
 
     def ready(self) -> tuple[Any, Any, Any]:
@@ -321,7 +323,9 @@ class _Run:
                     curve_tasks = load_tasks(left, plan.task_folder, plan.seed) if left else None
             config = load_config(plan.source.folder, plan.trust_remote_code)
             tokenizer = load_tokenizer(plan.source.folder, plan.trust_remote_code)
-            sequences = loss_sequences(tokenizer, config, chosen.data, chosen.samples, chosen.length, plan.seed)
+            sequences = loss_sequences(
+                tokenizer, config, chosen.data, chosen.samples, chosen.length, plan.seed, self.progress
+            )
             self._ready = (tasks, curve_tasks, sequences)
         return self._ready
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprune.model.errors import Refused, UsageError
-from layerprune.model.files import made_folder, must_not_exist, no_space_refusal, read_json, write_json
+from layerprune.model.files import locked, made_folder, must_not_exist, no_space_refusal, read_json, write_json
 from layerprune.model.tensors import read_checkpoint
 
 MANIFEST = "manifest.json"
@@ -77,7 +77,7 @@ def open_run(path: Path, inputs: dict[str, Any]) -> Iterator[RunFolder]:
             pass
         else:
             must_not_exist(path)
-    with no_space_refusal(path), made_folder(path), _locked(path):
+    with no_space_refusal(path), made_folder(path), locked(path, "at work"):
         new = not manifest_path.exists()
         try:
             if new:
@@ -115,24 +115,6 @@ def _same_inputs(path: Path, manifest: Any, inputs: Mapping[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # no advisory locks on this system
-        yield
-        return
-    with open(path / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Refused(f"another process is at work in {path}: wait for it, or choose another --out") from None
-        try:
-            yield
-        finally:
-            (path / ".lock").unlink(missing_ok=True)
 
 
 def fingerprint(folder: Path) -> str:

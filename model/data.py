@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from layerprune.model.errors import Refused, UsageError, network_errors
+from layerprune.model.progress import progress_bar
 
 C4_ID = "allenai/c4"
 C4_REVISION = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
@@ -237,7 +238,12 @@ def _unreadable() -> tuple[type[Exception], ...]:
 
 
 def tokenise(
-    tokenizer: Any, documents: Sequence[str], length: int, at_least: int = 1, vocab: int | None = None
+    tokenizer: Any,
+    documents: Sequence[str],
+    length: int,
+    at_least: int = 1,
+    vocab: int | None = None,
+    progress: bool = False,
 ) -> list[list[int]]:
     """Token ids of each document, with the tokenizer's own special tokens, truncated at `length` tokens.
 
@@ -245,9 +251,11 @@ def tokenise(
     `vocab`, the number of tokens that the model knows.
     """
     kept = []
-    for start in range(0, len(documents), 1024):
-        part = list(documents[start : start + 1024])
-        kept += [ids[:length] for ids in tokenizer(part, truncation=True, max_length=length)["input_ids"]]
+    with progress_bar(len(documents), "tokenise", "doc", progress) as bar:
+        for start in range(0, len(documents), 1024):
+            part = list(documents[start : start + 1024])
+            kept += [ids[:length] for ids in tokenizer(part, truncation=True, max_length=length)["input_ids"]]
+            bar.update(len(part))
     kept = [ids for ids in kept if len(ids) >= at_least]
     if not kept:
         raise Refused(f"all {len(documents)} documents are shorter than {at_least} tokens: nothing can be measured on them")

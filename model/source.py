@@ -204,11 +204,13 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     quantization_config: Any = None,
+    progress: bool = False,
 ) -> Any:
     """Load a checkpoint for inference, and refuse one whose config contradicts its weights.
 
     On a machine with several GPUs and `device` left open the layers are spread by accelerate
-    (`device_map="auto"`); else the whole model goes to one device. Returns the model in eval mode.
+    (`device_map="auto"`); else the whole model goes to one device. progress: transformers' bar, for a checkpoint of over
+    1 GiB. Returns the model in eval mode.
     """
     import torch
 
@@ -217,6 +219,8 @@ def load_model(
     stored = read_checkpoint(folder)
     chosen = pick_device(device)
     spread = device in (None, "auto") and chosen == "cuda" and torch.cuda.device_count() > 1
+    if progress and sum(t.nbytes for t in stored.values()) > 1 << 30:
+        show_loading()
     try:
         model, info = auto_class(config).from_pretrained(
             folder,
@@ -300,6 +304,13 @@ def one_line(error: BaseException) -> str:
     """An exception's message on one line, shortened."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def show_loading() -> None:
+    """Let transformers draw its bar for the next checkpoint; `quiet_transformers` ends it."""
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
 
 
 def quiet_transformers() -> None:

@@ -128,6 +128,13 @@ def _refuse_arithmetic(derived: dict[str, Any], config: Any, kept: Kept) -> None
             f"layer {gone[0] - 1} has an embedding of its own in a common table (ple_layer_ids): cutting it would shift the "
             "others' places; choose a block without such layers"
         )
+    kinds = derived.get("layer_types") or derived.get("layers_block_type") or []
+    attending = [i for i, kind in enumerate(kinds) if str(kind).endswith(("attention", "hybrid")) and "linear" not in str(kind)]
+    if attending and not set(attending) & set(kept):
+        raise Refused(
+            f"the cut would take away every layer with attention ({', '.join(map(str, attending))}; layer_types): "
+            "transformers could not generate with what is left; choose another block"
+        )
     deep = _deepstack(config)
     if kept[: len(deep)] != deep:
         raise Refused(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from layerprune.model.cuts import Kept, describe_dropped
 from layerprune.model.decoder import Decoder, forward_logits, view_decoder, virtual_cut
 from layerprune.model.errors import Refused
 from layerprune.model.likeness import prove_config
-from layerprune.model.source import auto_class, check_keys, layer_count, load_config, load_model, one_line, quiet_transformers
+from layerprune.model.source import auto_class, check_keys, load_config, load_model, one_line, quiet_transformers
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
 _CHUNK = 8 << 20
+# What model code raises when a config asks for something that it was not written for.
+_BROKEN = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 
 
 def meta_decoder(folder: Path, trust_remote_code: bool = False) -> Decoder:
@@ -39,7 +41,7 @@ def _load_meta(folder: Path, trust_remote_code: bool) -> tuple[Decoder, dict[str
         )  # fmt: skip
     except ImportError as error:
         raise Refused(f"{folder} needs a package that is not installed to be read: {one_line(error)}") from error
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+    except _BROKEN as error:
         raise Refused(f"transformers cannot read {folder}: {one_line(error)}") from error
     return view_decoder(model), info
 
@@ -47,14 +49,27 @@ def _load_meta(folder: Path, trust_remote_code: bool) -> tuple[Decoder, dict[str
 def prove_structure(source: Path, result: Path, kept: Kept, trust_remote_code: bool = False) -> None:
     """Both load without a missing key, the result without one left over, and every kept layer is built as it was."""
     before = meta_decoder(source, trust_remote_code)
-    after, info = _load_meta(result, trust_remote_code)
+    try:
+        after, info = _load_meta(result, trust_remote_code)
+    except Refused as refusal:
+        raise Refused(f"transformers cannot read what this cut would be: {one_line(refusal.__cause__ or refusal)}") from refusal
     prove_config(before, after, kept)  # first: it says why keys are missing
+    if info["missing_keys"]:
+        raise Refused(
+            f"a layer that the cut takes away stores {min(info['missing_keys'])} for the layers that stay: this model shares "
+            "weights between layers; choose another block"
+        )
     check_keys(result, info, len(kept), len(read_checkpoint(result)))
     if info["unexpected_keys"]:
         raise Refused(f"the written checkpoint is wrong: its model has no place for {min(info['unexpected_keys'])}")
 
 
-def prove_bytes(source: Mapping[str, StoredTensor], result: Path, renamed: Mapping[str, str]) -> None:
+def prove_bytes(
+    source: Mapping[str, StoredTensor],
+    result: Path,
+    renamed: Mapping[str, str],
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> None:
     """Every tensor of `result` has dtype, shape and every byte of the tensor it came from."""
     written = read_checkpoint(result)
     if set(written) != set(renamed.values()):
@@ -64,6 +79,7 @@ def prove_bytes(source: Mapping[str, StoredTensor], result: Path, renamed: Mappi
         a, b = source[old], written[new]
         if (a.dtype, a.shape) != (b.dtype, b.shape) or not _same_bytes(a, b):
             raise Refused(f"the written checkpoint is wrong: {new} is not {old} of the source")
+        progress(b.nbytes)
 
 
 def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
@@ -97,41 +113,57 @@ def _available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 0
 
 
-def prove_logits(source: Path, result: Path, kept: Kept, dtype: str, trust_remote_code: bool = False) -> None:
-    """On the CPU, the result's logits on a few tokens equal those of the virtually cut source, bit for bit."""
+def prove_logits(
+    source: Path, result: Path, kept: Kept, dtype: str, trust_remote_code: bool = False, progress: bool = False
+) -> None:
+    """On the CPU, the result's logits on a few tokens equal those of the virtually cut source, bit for bit.
+
+    And the result can take a step with its KV cache. Raises Refused where one of them does not hold.
+    """
     import torch
 
-    try:
-        expected = _probe_logits(source, kept, dtype, trust_remote_code)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise Refused(
-            f"{source} does not run without layers {describe_dropped(kept, _count(source, trust_remote_code))}, because its "
-            f"layers pass on more than their states ({type(error).__name__}: {one_line(error)}); choose another block"
-        ) from error
+    ids_BT = torch.randint(0, 1 << 30, (2, 12), generator=torch.Generator().manual_seed(0))
+    expected = _source_logits(source, kept, ids_BT, dtype, trust_remote_code, progress)
     if not torch.isfinite(expected).all():
         raise Refused(
             f"the logits of {source} are not a number ({dtype} on the CPU), so the cut cannot be proven: its weights are "
             "broken, or overflow; --no-verify writes it without this proof"
         )
-    found = _probe_logits(result, None, dtype, trust_remote_code)
-    if not torch.equal(expected, found):
-        worst = (expected.float() - found.float()).abs().max().item()
-        raise Refused(
-            f"the written checkpoint is wrong: its logits differ from the cut source by up to {worst:.3g} ({dtype} on "
-            "the CPU); this model depends on layer positions in a way that its config does not show"
-        )
+    decoder = view_decoder(load_model(result, device="cpu", dtype=dtype, trust_remote_code=trust_remote_code, progress=progress))
+    ids_BT = ids_BT % _vocabulary(decoder)
+    with torch.no_grad():
+        found = forward_logits(decoder, ids_BT)
+        if not torch.equal(expected, found):
+            worst = (expected.float() - found.float()).abs().max().item()
+            raise Refused(
+                f"the written checkpoint is wrong: its logits differ from the cut source by up to {worst:.3g} ({dtype} on "
+                "the CPU); this model depends on layer positions in a way that its config does not show"
+            )
+        try:
+            cache = decoder.model(input_ids=ids_BT[:, :-1], use_cache=True)
+            names = ("past_key_values", "cache_params", "state")  # attention, Mamba, RWKV
+            held = {name: cache[name] for name in names if cache.get(name) is not None}
+            decoder.model(input_ids=ids_BT[:, -1:], use_cache=True, **held)
+        except _BROKEN as error:
+            raise Refused(
+                f"transformers cannot generate with a cache from what this cut would be ({type(error).__name__}: "
+                f"{one_line(error)}); choose another block"
+            ) from error
 
 
-def _count(folder: Path, trust_remote_code: bool) -> int:
-    return layer_count(load_config(folder, trust_remote_code))
-
-
-def _probe_logits(folder: Path, kept: Kept | None, dtype: str, trust_remote_code: bool) -> Any:
+def _source_logits(source: Path, kept: Kept, ids_BT: Any, dtype: str, trust_remote_code: bool, progress: bool) -> Any:
     import torch
 
-    model = load_model(folder, device="cpu", dtype=dtype, trust_remote_code=trust_remote_code)
-    decoder = view_decoder(model)
-    vocab = model.get_input_embeddings().weight.shape[0]
-    ids_BT = torch.randint(0, vocab, (2, 12), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), virtual_cut(decoder, tuple(range(len(decoder))) if kept is None else kept):
-        return forward_logits(decoder, ids_BT)
+    decoder = view_decoder(load_model(source, device="cpu", dtype=dtype, trust_remote_code=trust_remote_code, progress=progress))
+    try:
+        with torch.no_grad(), virtual_cut(decoder, kept):
+            return forward_logits(decoder, ids_BT % _vocabulary(decoder))
+    except _BROKEN as error:
+        raise Refused(
+            f"{source} does not run without layers {describe_dropped(kept, len(decoder))}: its layers pass on more than "
+            f"their states ({type(error).__name__}: {one_line(error)}); choose another block"
+        ) from error
+
+
+def _vocabulary(decoder: Decoder) -> int:
+    return int(decoder.model.get_input_embeddings().weight.shape[0])

@@ -190,8 +190,7 @@ def write_cut(
     cut: Cut, out: Path, record: dict[str, Any], verify: bool | None, trust_remote_code: bool, progress: bool
 ) -> dict[str, str]:
     """Write, prove and publish a planned cut; returns what was proven and how."""
-    from tqdm import tqdm
-
+    from layerprune.model.progress import progress_bar
     from layerprune.model.verify import prove_bytes, prove_structure
     from layerprune.model.write import write_checkpoint
 
@@ -203,18 +202,17 @@ def write_cut(
         write_json(folder / "config.json", cut.config)
         seconds: dict[str, float] = {}
         started = time.perf_counter()
-        hide = not progress or cut.bytes < 256 << 20
-        with tqdm(total=cut.bytes, desc="copy", unit="B", unit_scale=True, disable=hide) as bar:
+        with progress_bar(cut.bytes, "copy", "B", progress) as bar:
             tensors = {new: cut.stored[old] for old, new in cut.plan.renamed.items()}
             write_checkpoint(tensors, folder, progress=bar.update)
         seconds["copy"] = round(time.perf_counter() - started, 3)
         copy_companions(source, folder)
         with _timed(seconds, "structure"):
             prove_structure(source, folder, cut.kept, trust_remote_code)
-        with _timed(seconds, "bytes"):
-            prove_bytes(cut.stored, folder, cut.plan.renamed)
+        with _timed(seconds, "bytes"), progress_bar(cut.bytes, "compare", "B", progress) as bar:
+            prove_bytes(cut.stored, folder, cut.plan.renamed, bar.update)
         with _timed(seconds, "logits"):
-            logits = _prove_logits(cut, folder, verify, trust_remote_code)
+            logits = _prove_logits(cut, folder, verify, trust_remote_code, progress)
         verified = {
             "structure": "proven: transformers finds every key, and every layer is built as in the source",
             "bytes": "proven: every tensor that stays is the source's",
@@ -233,7 +231,7 @@ def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
     seconds[what] = round(time.perf_counter() - started, 3)
 
 
-def _prove_logits(cut: Cut, folder: Path, verify: bool | None, trust_remote_code: bool) -> str:
+def _prove_logits(cut: Cut, folder: Path, verify: bool | None, trust_remote_code: bool, progress: bool) -> str:
     from layerprune.model.verify import logits_check_dtype, prove_logits
 
     if verify is False:
@@ -243,7 +241,7 @@ def _prove_logits(cut: Cut, folder: Path, verify: bool | None, trust_remote_code
         if not verify:
             return "skipped (the model does not fit in the free memory; --verify forces it)"
         dtype = "bfloat16"
-    prove_logits(cut.source.folder, folder, cut.kept, dtype, trust_remote_code)
+    prove_logits(cut.source.folder, folder, cut.kept, dtype, trust_remote_code, progress)
     return f"proven: bit for bit those of the virtually cut source ({dtype} on the CPU)"
 
 

@@ -150,7 +150,7 @@ def rank_blocks(
     pick_dtype(dtype, pick_device(device))
     pick_length(settings["length"], load_config(source.folder, trust_remote_code))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
     result = rank_live(view_decoder(live), tokenizer, settings, seed=seed, progress=progress)
     if out is not None:
         write_json(Path(out), result)
@@ -172,17 +172,16 @@ def rank_live(
     decoder: Any, tokenizer: Any, settings: dict[str, Any], *, seed: int = 0, progress: bool = False
 ) -> dict[str, Any]:
     """`rank_blocks` for a model that is loaded already; settings as `rank_settings` gives them."""
-    from tqdm import tqdm
-
     from layerprune.model.data import data_fingerprint, read_documents, tokenise
+    from layerprune.model.progress import progress_bar
     from layerprune.model.source import pick_length, vocab_size
 
     config = decoder.model.config
     length = pick_length(settings["length"], config)
     documents = read_documents(settings["data"], "validation", settings["samples"], seed)
-    sequences = tokenise(tokenizer, documents, length, vocab=vocab_size(config))
+    sequences = tokenise(tokenizer, documents, length, vocab=vocab_size(config), progress=progress)
     started = time.perf_counter()
-    with tqdm(total=len(sequences), desc="rank", unit="doc", disable=not progress) as bar:
+    with progress_bar(len(sequences), "rank", "doc", progress) as bar:
         distance = rank_decoder(decoder, sequences, pad_id=tokenizer.pad_token_id or 0, progress=bar.update)
     return {
         "layers": len(decoder),

@@ -182,10 +182,17 @@ FAMILIES: dict[str, Family] = {
         "hybrid_override_pattern": "M-M*M-*-", "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
     }),
     "LFM2": Family("lfm2", {"layer_types": ["conv", "conv", "full_attention", "conv"] * 2, "full_attn_idxs": [2, 6]}),
-    "DeepSeek-V2": Family("deepseek_v2"),
-    "DeepSeek-V3": Family("deepseek_v3", {}, with_mtp, shard="60KB", note="experts one by one, MTP, sharded"),
-    "DeepSeek-V3.2": Family("deepseek_v32", {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 4}),
-    "GLM-5": Family("glm_moe_dsa", {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 4}),
+    "DeepSeek-V2": Family("deepseek_v2", {"num_key_value_heads": 4}),
+    "DeepSeek-V3": Family(
+        "deepseek_v3", {"num_key_value_heads": 4}, with_mtp, shard="60KB", note="experts one by one, MTP, sharded"
+    ),
+    "DeepSeek-V3.2": Family("deepseek_v32", {
+        "num_key_value_heads": 4, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 64,
+    }),
+    "GLM-5": Family("glm_moe_dsa", {
+        "num_key_value_heads": 4, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 64,
+        "indexer_types": ["full", "full", "shared", "full", "shared", "full", "shared", "full"],
+    }),
     "dots.llm1": Family("dots1", {"n_shared_experts": 1, "layer_types": _KINDS * 4}),
     "ERNIE-4.5": Family("ernie4_5"),
     "ERNIE-4.5-MoE": Family("ernie4_5_moe"),
@@ -198,10 +205,31 @@ FAMILIES: dict[str, Family] = {
     "BitNet": Family("bitnet"),
     "Helium": Family("helium"),
     "Persimmon": Family("persimmon"),
-    "xLSTM": Family("xlstm", {"embedding_dim": 32, "num_heads": 4, "qk_dim_factor": 1.0, "chunk_size": 4}),
     "Kimi-Linear": Family("kimi_linear", {
-        "num_key_value_heads": 4, "q_lora_rank": None, "linear_head_dim": 8, "linear_num_heads": 4,
+        "num_key_value_heads": 4, "num_local_experts": 4, "q_lora_rank": None, "linear_head_dim": 8, "linear_num_heads": 4,
     }),
+    "AFMoE": Family("afmoe", {"num_dense_layers": 3}),
+    "EXAONE-MoE": Family("exaone_moe"),
+    "GLM-4.7-Flash": Family("glm4_moe_lite", {"num_key_value_heads": 4}, note="experts one by one"),
+    "Granite (SWA)": Family("granite_swa", {"layer_rope_theta": [1e4, 2e4, 0.0, 3e4, 4e4, 5e4, 6e4, 7e4]}),
+    "Laguna": Family("laguna"),
+    "LFM2-MoE": Family("lfm2_moe", {"layer_types": ["conv", "conv", "full_attention", "conv"] * 2, "num_dense_layers": 3}),
+    "LongCat-Flash": Family("longcat_flash", {
+        "num_layers": LAYERS, "num_key_value_heads": 4, "ffn_hidden_size": 48, "q_lora_rank": 16, "moe_topk": 2,
+        "n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 16,
+    }, note="two attention parts a layer"),
+    "MiMo-V2-Flash": Family("mimo_v2_flash"),
+    "nanochat": Family("nanochat"),
+    "DiffLlama": Family("diffllama"),
+    "Solar-Open": Family("solar_open"),
+    "XGLM": Family("xglm", {"d_model": 32, "ffn_dim": 48, "num_layers": LAYERS, "attention_heads": 4}),
+    "Zamba": Family("zamba", {
+        "layers_block_type": ["linear_attention", "hybrid"] * 4, "mamba_d_state": 8,
+    }, note="weights shared between layers"),
+    "Zamba2": Family("zamba2", {
+        "layers_block_type": ["linear_attention", "hybrid"] * 4, "n_mamba_heads": 4, "mamba_d_state": 8, "mamba_ngroups": 1,
+        "adapter_rank": 4, "chunk_size": 8, "num_mem_blocks": 1,
+    }, note="weights shared between layers"),
     "Gemma-3n": Family("gemma3n_text", {
         "num_kv_shared_layers": 3, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 160, "laurel_rank": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 4, "altup_num_inputs": 2,
@@ -214,6 +242,10 @@ FAMILIES: dict[str, Family] = {
     "Gemma-4 (plain)": Family("gemma4_text", {
         "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 160, "num_kv_shared_layers": 0, "global_head_dim": 16,
     }),
+    "Qwen3-VL": Family("qwen3_vl", {"vision_config": {
+        "depth": LAYERS, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32, "patch_size": 4,
+        "num_position_embeddings": 16, "deepstack_visual_indexes": [2, 5],
+    }, "text_settings": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}}),
     "Gemma-3 (multimodal)": Family("gemma3", {"vision_config": _VISION, "mm_tokens_per_image": 4}, note="vision tower as deep"),
     "LLaVA": Family("llava", {
         "vision_config": {**_VISION, "model_type": "clip_vision_model", "projection_dim": 32}, "text": "llama",
