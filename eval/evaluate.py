@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprune.eval.tasks import TaskSet, check_counts, load_tasks, score_tasks
-from layerprune.model.data import batches, check_data, read_documents, tokenise
+from layerprune.model.data import batches, check_data, check_seed, read_documents, tokenise
 from layerprune.model.errors import UsageError
 from layerprune.model.files import made_folder, must_not_exist, read_json, write_json
 from layerprune.model.recipes import EvalSettings, Recipe
@@ -48,8 +48,9 @@ def measure_loss(
     tokens a batch, padding included; by default what keeps the logits within 1 GiB (256 MiB on the CPU), but never
     less than a document. A batch that runs out of GPU memory is halved; Refused where one document does not fit.
     """
-    from layerprune.eval.memory import in_halves, logit_budget, token_budget
+    from layerprune.eval.memory import logit_budget, token_budget
     from layerprune.model.loss import LossSum, total_loss
+    from layerprune.model.memory import in_halves
 
     if max_tokens is None:
         kind = decoder.device.type
@@ -170,6 +171,7 @@ def evaluate_checkpoint(
     if out is not None:
         must_not_exist(Path(out))
     check_counts(limit=limit, samples=samples, batch_size=batch_size)
+    check_seed(seed)
     pick_device(device)
     source = find_model(str(model), revision)
     recipe = source.recipe

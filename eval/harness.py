@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 
-from layerprune.eval.memory import in_halves, logit_budget, token_budget
+from layerprune.eval.memory import logit_budget, token_budget
 from layerprune.model.decoder import is_cut
 from layerprune.model.errors import Refused
+from layerprune.model.memory import in_halves
 from layerprune.model.progress import progress_bar
 from layerprune.model.source import one_line, vocab_size
 

@@ -60,6 +60,22 @@ def pack(
     return Packed(np.load(tokens, mmap_mode="r"), made["documents"], made["epochs"])
 
 
+def check_one_sequence(tokenizer: Any, data: str, length: int, seed: int) -> None:
+    """Refuse a data file that cannot be read to its end, or whose documents do not fill one sequence."""
+    tokens = 0
+    for ids in _documents(tokenizer, stream_documents(data, "train", seed)):
+        tokens += len(ids)
+        if tokens >= length:
+            return
+    raise _too_short(data, tokens, length)
+
+
+def _too_short(data: str, tokens: int, length: int) -> Refused:
+    return Refused(
+        f"{data} holds {tokens:,} tokens, which do not fill one sequence of {length:,}: give more data or a smaller --length"
+    )
+
+
 def _take_blocks(sparse: Path) -> None:
     """Give a mapped file its blocks: a disk found full when a page is written would kill the process without a word."""
     if hasattr(os, "posix_fallocate"):
@@ -83,10 +99,7 @@ def _fill(ids_NT: Any, tokenizer: Any, data: str, seed: int, progress: Callable[
             if at == len(flat):
                 return documents, epochs
         if epochs == 1 and at < ids_NT.shape[1]:
-            raise Refused(
-                f"{data} holds {at:,} tokens, which do not fill one sequence of {ids_NT.shape[1]:,}: give more data or a "
-                "smaller --length"
-            )
+            raise _too_short(data, at, ids_NT.shape[1])
         assert at > began, "the first epoch had tokens, so each has"
     return documents, epochs
 

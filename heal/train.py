@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import shutil
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprune.heal.card import healed_card
+from layerprune.heal.packing import check_one_sequence
 from layerprune.heal.settings import Healing, heal_settings
 from layerprune.model.data import check_data, check_token_id, data_fingerprint
 from layerprune.model.errors import Refused, UsageError
@@ -29,6 +29,7 @@ from layerprune.model.files import (
     write_json,
     write_text,
 )  # fmt: skip
+from layerprune.model.fingerprint import checkpoint_fingerprint, tokenizer_fingerprint
 from layerprune.model.recipes import Recipe
 from layerprune.model.source import ModelSource, find_model, load_config, load_tokenizer, pick_device, vocab_size
 from layerprune.model.tensors import StoredTensor, read_checkpoint
@@ -94,13 +95,14 @@ def heal_checkpoint(
         targets=targets, seed=seed,
     )  # fmt: skip
     chosen = pick_device(device)
+    check_device(chosen)
     stored = read_checkpoint(source.folder)
     _refuse_quantised(source, config, stored)
     check_data(settings.data, "--heal-data", "train", seed)
     _room(out, stored)
     say(cost_line(settings))
     _refuse_fused(source, settings, trust_remote_code)
-    with _work_folder(work, _identity(source, stored, settings, chosen), out) as resumed:
+    with _work_folder(work, _identity(source, settings, chosen), out) as resumed:
         outside = None if adapter is None else Path(adapter).absolute()
         # an adapter beside the result that a killed run of ours had already put there is made again
         if outside is not None and outside.exists() and not (resumed and (work / "adapter").exists()):
@@ -112,6 +114,29 @@ def heal_checkpoint(
         healing["seconds"] = _write(source, stored, work, out, outside, healing, trained, trust_remote_code, say, progress)
     shutil.rmtree(work, ignore_errors=True)
     return healing
+
+
+def check_device(device: str) -> None:
+    """Refuse a GPU other than the first: accelerate trains a 4-bit model there only."""
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and index not in ("", "0"):
+        raise UsageError(f"--device {device} cannot heal: set CUDA_VISIBLE_DEVICES={index} and leave --device out")
+
+
+def check_healing(
+    source: ModelSource, *, data: str, seed: int = 0, trust_remote_code: bool = False, **settings: Any
+) -> None:
+    """Refuse what healing `source`, or a cut of it, would refuse; nothing is loaded but the tokenizer and the data.
+
+    settings: those of `heal_settings`. A local file is read to its end and must fill one sequence.
+    """
+    config = load_config(source.folder, trust_remote_code)
+    chosen = heal_settings(config, source.recipe, data=data, seed=seed, **settings)
+    _refuse_quantised(source, config, read_checkpoint(source.folder))
+    _refuse_fused(source, chosen, trust_remote_code)
+    check_data(data, "--heal-data", "train", seed)
+    if data != "c4":
+        check_one_sequence(load_tokenizer(source.folder, trust_remote_code), data, chosen.length, seed)
 
 
 def cost_line(settings: Healing) -> str:
@@ -149,19 +174,17 @@ def _room(out: Path, stored: Mapping[str, StoredTensor]) -> None:
         raise no_room(out, need, room)
 
 
-def _identity(source: ModelSource, stored: Mapping[str, StoredTensor], settings: Healing, device: str) -> dict[str, Any]:
+def _identity(source: ModelSource, settings: Healing, device: str) -> dict[str, Any]:
     """What decides the trained weights: a started healing is gone on with only if all of it is the same."""
-    digest = hashlib.sha256((source.folder / "config.json").read_bytes())
-    for name, tensor in sorted(stored.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape} {tensor.begin}\n".encode())
-    for file in sorted({tensor.file for tensor in stored.values()}):
-        with open(file, "rb") as opened:
-            opened.seek(max(0, file.stat().st_size - (1 << 16)))
-            digest.update(opened.read())
-    data = data_fingerprint(settings.data)
     chosen = settings.record()
     del chosen["micro_batch"]  # a run that ran out of memory may go on with a smaller one
-    return {**chosen, "data": data, "model": digest.hexdigest(), "device": device.partition(":")[0]}
+    return {
+        **chosen,
+        "data": data_fingerprint(settings.data),
+        "model": checkpoint_fingerprint(source.folder),
+        "tokenizer": tokenizer_fingerprint(source.folder),
+        "device": device.partition(":")[0],
+    }
 
 
 @contextlib.contextmanager

@@ -10,12 +10,22 @@ from typing import Any
 
 from layerprune.model.cuts import Block, drop_count, last_block
 from layerprune.model.data import check_data, data_fingerprint
-from layerprune.model.errors import Refused, UsageError
+from layerprune.model.errors import Refused, UsageError, model_errors
 from layerprune.model.files import free_bytes, must_not_exist, new_folder, no_room, read_json, write_json
+from layerprune.model.fingerprint import checkpoint_fingerprint, folder_fingerprint, tokenizer_fingerprint
 from layerprune.model.recipes import EvalSettings, HealSettings, Recipe
-from layerprune.model.source import ModelSource, find_model, layer_count, load_config, pick_device, pick_dtype, pick_length
+from layerprune.model.source import (
+    ModelSource,
+    find_model,
+    layer_count,
+    load_config,
+    one_line,
+    pick_device,
+    pick_dtype,
+    pick_length,
+)
 from layerprune.model.tensors import read_checkpoint
-from layerprune.runfolder import RunFolder, fingerprint, open_run
+from layerprune.runfolder import RunFolder, open_run
 
 Say = Callable[[str], None]
 DEFAULT_CURVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -44,34 +54,46 @@ class Plan:
     seed: int
     dtype: str
     device: str
+    asked_device: str | None
+    """As the user gave it: one left open spreads a model over several GPUs."""
     trust_remote_code: bool
 
     def inputs(self) -> dict[str, Any]:
-        """What decides the results: the manifest's identity of the run."""
+        """What decides the results: the manifest's identity of the run. Files count by content, wherever they lie."""
         heal = None
         if self.heal is not None:
-            heal = {**asdict(self.heal), "fingerprint": data_fingerprint(self.heal.data), **self.heal_options}
+            heal = {**asdict(self.heal), "data": data_fingerprint(self.heal.data), **self.heal_options}
             heal["targets"] = list(self.heal.targets)
         return {
-            "model": self.source.name,
-            "checkpoint": fingerprint(self.source.folder),
+            "checkpoint": checkpoint_fingerprint(self.source.folder),
+            "tokenizer": tokenizer_fingerprint(self.source.folder),
             "drop": self.drop,
             "strategy": self.strategy,
-            "rank": {**self.rank, "fingerprint": data_fingerprint(self.rank["data"])},
+            "rank": {**self.rank, "data": data_fingerprint(self.rank["data"])},
             "heal": heal,
             "loss": {
-                "data": self.evaluation.data,
+                "data": data_fingerprint(self.evaluation.data),
                 "samples": self.evaluation.samples,
                 "length": self.evaluation.length,
-                "fingerprint": data_fingerprint(self.evaluation.data),
             },
             "tasks": self.tasks,
-            "task_folder": self.task_folder,
+            "task_folder": None if self.task_folder is None else folder_fingerprint(Path(self.task_folder)),
             "limit": self.evaluation.limit,
             "curve": list(self.curve),
             "seed": self.seed,
             "dtype": self.dtype,
             "device": self.device,
+        }
+
+    def given(self) -> dict[str, Any]:
+        """Where the inputs were found, for people who read the manifest."""
+        return {
+            "model": self.source.name,
+            "revision": self.source.revision,
+            "calibration": self.rank["data"],
+            "heal_data": self.heal.data if self.heal else None,
+            "eval_data": self.evaluation.data,
+            "task_folder": self.task_folder,
         }
 
 
@@ -137,6 +159,12 @@ def plan_run(
     check_data(ranking["data"], "--calibration", "validation", seed)
     check_data(evaluation.data, "--eval-data", "validation", seed)
     folder = task_folder if task_folder is not None else recipe.tasks_path if recipe else None
+    if folder is not None and not Path(folder).is_dir():
+        raise UsageError(f"the task folder {folder} does not exist")
+    if healing is not None:
+        from layerprune.heal.train import check_device
+
+        check_device(pick_device(device))
     fractions = curve if curve is not None else recipe.curve if recipe else DEFAULT_CURVE
     return Plan(
         source=source,
@@ -154,6 +182,7 @@ def plan_run(
         seed=seed,
         dtype=dtype,
         device=pick_device(device),
+        asked_device=device,
         trust_remote_code=trust_remote_code,
     )
 
@@ -180,11 +209,13 @@ def run(
         raise UsageError(f"--batch-size {batch_size} is not a number above 0")
     plan = plan_run(model, drop, **settings)
     folder = Path(out) if out is not None else Path("runs") / f"{plan.source.label}-{plan.strategy}-{drop:g}"
-    with open_run(folder, plan.inputs()) as opened:
+    with open_run(folder, plan.inputs(), plan.given()) as opened:
         if opened.finished:
             say(f"{folder} holds this run, finished")
-            return dict(opened.manifest["result"])
-        return _Run(plan, opened, say, progress, verify, batch_size).all()
+        else:
+            _Run(plan, opened, say, progress, verify, batch_size).all()
+        where = {"folder": str(folder), "checkpoint": str(folder / ("pruned" if plan.heal is None else "healed"))}
+        return {**opened.manifest["result"], **where}
 
 
 class _Run:
@@ -197,9 +228,11 @@ class _Run:
         self.verify, self.batch_size = verify, batch_size
         self._ready: tuple[Any, Any, Any] | None = None
 
-    def all(self) -> dict[str, Any]:
+    def all(self) -> None:
         self.announce()
         self.ready()  # an unknown task, or data that measures nothing, ends the run here, not hours later
+        if self.plan.heal is not None and not (self.path / "healed").exists():
+            self.check_healing()
         with self.folder.phase("rank"):
             ranking = self.rank()
         block = self.block(self.plan.n, ranking)
@@ -215,9 +248,7 @@ class _Run:
         with self.folder.phase("figures"):
             curve = self.folder.once("curve.json", lambda: {"layers": self.plan.layers, "rows": rows})
             figures = self.draw(ranking, curve)
-        result = self.result(evaluation, block, distance, figures)
-        self.folder.finish(result)
-        return result
+        self.folder.finish(self.result(evaluation, block, distance, figures))
 
     def announce(self) -> None:
         plan = self.plan
@@ -238,7 +269,9 @@ class _Run:
         from layerprune.prune.rank import rank_live
 
         live, tokenizer = self.load(self.plan.source.folder)
-        return rank_live(view_decoder(live), tokenizer, self.plan.rank, seed=self.plan.seed, progress=self.progress)
+        return rank_live(
+            view_decoder(live), tokenizer, self.plan.rank, self.plan.source, seed=self.plan.seed, progress=self.progress
+        )
 
     def block(self, n: int, ranking: Mapping[str, Any]) -> Block:
         from layerprune.prune.cut import choose_block
@@ -268,6 +301,16 @@ class _Run:
         for what, how in found["verified"].items():
             self.say(f"  {what}: {how}")
 
+    def check_healing(self) -> None:
+        """What healing would refuse (the architecture, the targets, the data) is refused before anything is ranked."""
+        from layerprune.heal.train import check_healing
+
+        plan = self.plan
+        assert plan.heal is not None
+        check_healing(
+            plan.source, data=plan.heal.data, seed=plan.seed, trust_remote_code=plan.trust_remote_code, **plan.heal_options
+        )
+
     def heal(self) -> None:
         from layerprune.heal.train import heal_checkpoint
 
@@ -281,7 +324,7 @@ class _Run:
             self.path / "healed",
             data=plan.heal.data,
             seed=plan.seed,
-            device=plan.device,
+            device=plan.asked_device,
             trust_remote_code=plan.trust_remote_code,
             adapter=self.path / "adapter",
             work=self.folder.work / "heal",
@@ -294,10 +337,12 @@ class _Run:
         from layerprune.model.source import load_model, load_tokenizer
 
         plan = self.plan
-        # A device that was left open stays open for load_model, which spreads a model over several GPUs.
-        device = None if plan.device == "cuda" else plan.device
         live = load_model(
-            folder, device=device, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code, progress=self.progress
+            folder,
+            device=plan.asked_device,
+            dtype=plan.dtype,
+            trust_remote_code=plan.trust_remote_code,
+            progress=self.progress,
         )
         return live, load_tokenizer(folder, plan.trust_remote_code)
 
@@ -355,7 +400,7 @@ class _Run:
             live, tokenizer = self.load(folder)
             return {**self.measure(live, tokenizer), "speed": generation_speed(live, tokenizer)}
 
-        return {**_sizes(folder), **self.folder.once(f".work/{name}.json", make)}
+        return {**_sizes(folder, self.plan.trust_remote_code), **self.folder.once(f".work/{name}.json", make)}
 
     def evaluate(self, ranking: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """eval.json, and the rows of the curve."""
@@ -370,13 +415,15 @@ class _Run:
         for n in self.plan.curve:
             block = self.block(n, ranking)
             measured = found["pruned"] if n == self.plan.n else depths[n]
+            if measured is None:
+                continue
             rows.append(_row(self.plan, n, block.kept(self.plan.layers), False, measured))
             if n == self.plan.n and "healed" in found:
                 rows.append(_row(self.plan, n, block.kept(self.plan.layers), True, found["healed"]))
         return self.folder.once("eval.json", lambda: found), rows
 
-    def depths(self, ranking: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-        """The other depths of the curve: the source, loaded once, with each block cut virtually."""
+    def depths(self, ranking: Mapping[str, Any]) -> dict[int, dict[str, Any] | None]:
+        """The other depths of the curve: the source, loaded once, with each block cut virtually; None where it cannot run."""
         others = [n for n in self.plan.curve if n != self.plan.n]
         names = {n: f".work/curve-{n}.json" for n in others}
         if all((self.path / name).exists() for name in names.values()):
@@ -389,10 +436,14 @@ class _Run:
         for n in others:
             block = self.block(n, ranking)
 
-            def make(block: Block = block) -> dict[str, Any]:
+            def make(block: Block = block) -> dict[str, Any] | None:
                 self.say(f"curve: {block.size} of {self.plan.layers} layers dropped ({block})")
-                with virtual_cut(decoder, block.kept(self.plan.layers)):
-                    return self.measure(live, tokenizer, curve=True)
+                try:
+                    with virtual_cut(decoder, block.kept(self.plan.layers)):
+                        return self.measure(live, tokenizer, curve=True)
+                except model_errors() as error:
+                    self.say(f"left out of the curve: without layers {block} this model does not run ({one_line(error)})")
+                    return None
 
             found[n] = self.folder.once(names[n], make)
         return found
@@ -415,15 +466,13 @@ class _Run:
             "kept": list(block.kept(plan.layers)),
             "distance": distance,
             "rows": [{"model": name, **_summary(measured)} for name, measured in evaluation.items()],
-            "folder": str(self.path),
-            "checkpoint": str(self.path / ("pruned" if plan.heal is None else "healed")),
             "figures": figures,
         }
 
 
-def _sizes(folder: Path) -> dict[str, Any]:
+def _sizes(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     stored = read_checkpoint(folder)
-    layers = layer_count(load_config(folder, trust_remote_code=True))
+    layers = layer_count(load_config(folder, trust_remote_code))
     parameters = sum(tensor.numel for tensor in stored.values())
     return {"layers": layers, "parameters": parameters, "bytes": sum(t.nbytes for t in stored.values())}
 
@@ -461,8 +510,11 @@ def _cost(plan: Plan, out: Path) -> str:
 
     try:
         shape, width = shape_of_checkpoint(plan.source.folder)
-    except Refused:
-        return "its cost cannot be estimated (the checkpoint is quantised already)"
+    except Refused as refusal:
+        kept = 1 - plan.n / plan.layers
+        need = sum(t.nbytes for t in read_checkpoint(plan.source.folder).values()) * kept * (1 if plan.heal is None else 2)
+        _must_have_room(out, need)
+        return f"estimate: up to {_bytes(need)} of disk; its time cannot be estimated ({refusal})"
     base = plan.source.recipe
     heal = replace(plan.heal, steps=plan.heal_options["steps"] or plan.heal.steps) if plan.heal else HealSettings(steps=1)
     imagined = Recipe(
@@ -478,14 +530,18 @@ def _cost(plan: Plan, out: Path) -> str:
     found = estimate(imagined, plan.n / plan.layers, kind, width)
     names = ["pruned"] if plan.heal is None else ["pruned", "healed", "work"]
     need = sum(found.disk[name] for name in names)
-    room = free_bytes(out)
-    done = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
-    if need > room + done:
-        raise no_room(out, need, room)
+    _must_have_room(out, need)
     hours = sum(s.hours * (1 if s.name in ("rank", "heal") else 2 + len(plan.curve)) for s in found.steps)
     hours -= 0 if plan.heal else next(s.hours for s in found.steps if s.name == "heal")
     unknown = f" (without the tasks {', '.join(found.unknown_tasks)})" if found.unknown_tasks else ""
     return f"estimate: {_bytes(need)} of disk, {_time(hours)} on one {kind.name}{unknown}"
+
+
+def _must_have_room(out: Path, need: float) -> None:
+    room = free_bytes(out)
+    done = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
+    if need > room + done:
+        raise no_room(out, need, room)
 
 
 def _bytes(count: float) -> str:

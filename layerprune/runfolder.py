@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import shutil
 import time
@@ -13,7 +12,6 @@ from typing import Any
 
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import locked, made_folder, must_not_exist, no_space_refusal, read_json, write_json
-from layerprune.model.tensors import read_checkpoint
 
 MANIFEST = "manifest.json"
 _VERSIONED = ("layerprune", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "lm_eval")
@@ -65,24 +63,22 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open_run(path: Path, inputs: dict[str, Any]) -> Iterator[RunFolder]:
+def open_run(path: Path, inputs: dict[str, Any], given: dict[str, Any] | None = None) -> Iterator[RunFolder]:
     """Open a new run folder, or the one of the same inputs, for one process at a time.
 
+    given: what a new manifest says of the inputs beside what decides whether they are the same.
     Raises UsageError for a folder that holds something else, and for a run with other inputs (it names them).
     """
     manifest_path = path / MANIFEST
-    if not manifest_path.exists():
-        # what a process killed before its first manifest leaves (.lock, partial files) is nobody's result
-        if path.is_dir() and all(p.name.startswith(".") for p in path.iterdir()):
-            pass
-        else:
-            must_not_exist(path)
+    # what a process killed before its first manifest leaves (.lock, partial files) is nobody's result
+    if not manifest_path.exists() and not (path.is_dir() and all(map(_is_leftover, path.iterdir()))):
+        must_not_exist(path)
     with no_space_refusal(path), made_folder(path), locked(path, "at work"):
         new = not manifest_path.exists()
         try:
             if new:
                 versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
-                manifest = {"inputs": inputs, "versions": versions, "finished": False, "done": {}}
+                manifest = {"given": given or {}, "inputs": inputs, "versions": versions, "finished": False, "done": {}}
                 write_json(manifest_path, manifest)
             else:
                 manifest = read_json(manifest_path)
@@ -92,6 +88,10 @@ def open_run(path: Path, inputs: dict[str, Any]) -> Iterator[RunFolder]:
             if new:
                 _remove_unless_something_was_found(path)
             raise
+
+
+def _is_leftover(path: Path) -> bool:
+    return path.name in (".lock", ".work") or (path.name.startswith(".") and path.name.endswith(".partial"))
 
 
 def _remove_unless_something_was_found(path: Path) -> None:
@@ -106,27 +106,21 @@ def _same_inputs(path: Path, manifest: Any, inputs: Mapping[str, Any]) -> None:
     before = manifest.get("inputs") if isinstance(manifest, dict) else None
     if not isinstance(before, dict):
         raise Refused(f"{path / MANIFEST} is not the manifest of a run: choose another --out")
-    changed = sorted(key for key in before.keys() | dict(inputs).keys() if before.get(key) != inputs.get(key))
+    was, now = _flat(before), _flat(inputs)
+    changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
     if changed:
-        told = "; ".join(f"{key} was {_short(before.get(key))}, now {_short(inputs.get(key))}" for key in changed[:3])
+        told = "; ".join(f"{key} was {_short(was.get(key))}, now {_short(now.get(key))}" for key in changed[:3])
         raise UsageError(f"{path} holds a run of other inputs ({told}): choose another --out or remove it first")
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with keys such as `rank.samples`."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{above}{key}.") if isinstance(item, Mapping) else {f"{above}{key}": item}
+    return flat
 
 
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 that identifies a checkpoint: its config, every tensor's name, type, shape and place, and the first
-    and last 64 KiB of each weight file (reading all of a large checkpoint would take as long as ranking it)."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    stored = read_checkpoint(folder)
-    for name, tensor in sorted(stored.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape} {tensor.file.name} {tensor.begin}\n".encode())
-    for path in sorted({tensor.file for tensor in stored.values()}):
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 16))
-            file.seek(max(0, path.stat().st_size - (1 << 16)))
-            digest.update(file.read())
-    return digest.hexdigest()

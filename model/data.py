@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import random
 import zlib
 from collections.abc import Iterator, Sequence
@@ -48,13 +49,17 @@ def read_documents(data: str, split: str, samples: int | None, seed: int = 0) ->
     if data == "c4":
         return list(islice(_c4_documents(split, rng), samples))
     path = Path(data).expanduser()
-    documents = list(_local_documents(path))
-    if not documents:
+    if samples is None:
+        documents = list(_local_documents(path))
+        if not documents:
+            raise Refused(f"{path} holds no documents")
+        return documents
+    # two passes, so that a few documents of a large file take no more memory than they need
+    count = sum(1 for _ in _local_documents(path))
+    if count == 0:
         raise Refused(f"{path} holds no documents")
-    if samples is not None and samples < len(documents):
-        chosen = sorted(rng.sample(range(len(documents)), samples))
-        return [documents[i] for i in chosen]
-    return documents
+    chosen = set(rng.sample(range(count), samples)) if samples < count else range(count)
+    return [text for i, text in enumerate(_local_documents(path)) if i in chosen]
 
 
 def stream_documents(data: str, split: str, seed: int = 0) -> Iterator[str]:
@@ -79,15 +84,29 @@ def _c4_documents(split: str, rng: random.Random) -> Iterator[str]:
 
 
 def check_data(data: str, option: str, split: str | None = None, seed: int = 0) -> None:
-    """Refuse a data file that is not there, before anything expensive starts.
+    """Refuse a data file that is not there or cannot be read, and a seed that is none, before anything expensive starts.
 
     With a split, C4 is asked for too: its first shard must be in the local cache or within reach of the network.
     """
+    check_seed(seed)
     if data != "c4":
-        if not Path(data).expanduser().is_file():
+        try:
+            path = Path(data).expanduser()
+            there = path.is_file()
+        except (OSError, RuntimeError, ValueError):
+            there = False
+        if not there:
             raise UsageError(f"{option} {data} is neither 'c4' nor an existing file")
+        if not os.access(path, os.R_OK):
+            raise Refused(f"{option} {data} cannot be read: permission denied")
     elif split is not None:
         _c4_in_reach(split, _c4_order(split, random.Random(seed))[0], option)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that one of the random generators does not take."""
+    if not 0 <= seed < 1 << 31:
+        raise UsageError(f"--seed {seed} is not a whole number from 0 to {(1 << 31) - 1}")
 
 
 def _c4_order(split: str, rng: random.Random) -> list[int]:
@@ -197,9 +216,10 @@ def _json_lines(path: Path) -> Iterator[str]:
                     text = json.loads(line)["text"]
                     if not isinstance(text, str):
                         raise TypeError
+                    text.encode()  # half of a surrogate pair is valid JSON and no text
                     if text.strip():
                         yield text
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError, UnicodeEncodeError):
         raise Refused(f"line {number} of {path} is not a JSON object with a `text` string") from None
     except _unreadable() as error:
         raise Refused(f"{path} cannot be read: {error or 'truncated'}") from error

@@ -75,16 +75,16 @@ def first_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def states_BTD(hidden: torch.Tensor, rows: int) -> torch.Tensor:
+def states_BTD(hidden: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
     """A hidden state as (batch, tokens, features).
 
     Gemma-3n carries several streams (streams, batch, tokens, features): they count as one long vector.
     """
-    if hidden.dim() == 4 and hidden.shape[0] != rows and hidden.shape[1] == rows:
+    if hidden.dim() != 4:
+        return hidden
+    if hidden.shape[1:3] == (rows, tokens):
         return hidden.permute(1, 2, 0, 3).flatten(2)
-    if hidden.dim() == 4:
-        return hidden.flatten(2) if hidden.shape[0] == rows else hidden.permute(1, 2, 0, 3).flatten(2)
-    return hidden
+    return hidden.flatten(2)
 
 
 class _Stop(Exception):
@@ -120,14 +120,15 @@ def walk_states(
 ) -> None:
     """One bare forward pass without the head; `see(l, x)` gets x^(l), the input of layer l, for l = 0..L-1,
     and last x^(L), the output of the last layer *before* the final norm. x is (batch, tokens, features)."""
-    rows, last = ids_BT.shape[0], len(decoder) - 1
+    rows, tokens = ids_BT.shape
+    last = len(decoder) - 1
 
     def watcher(index: int) -> Callable[..., Any]:
         def forward(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            see(index, states_BTD(first_hidden(args, kwargs), rows))
+            see(index, states_BTD(first_hidden(args, kwargs), rows, tokens))
             output = old(*args, **kwargs)
             if index == last:
-                see(last + 1, states_BTD(hidden_of(output), rows))
+                see(last + 1, states_BTD(hidden_of(output), rows, tokens))
                 raise _Stop
             return output
 

@@ -19,6 +19,14 @@ class Refused(LayerpruneError):
     """The input cannot be used, or the result would be wrong: exit code 1."""
 
 
+def model_errors() -> tuple[type[Exception], ...]:
+    """What transformers and model code raise when a config asks for something that they were not written for."""
+    import huggingface_hub.errors as hub
+
+    strict = getattr(hub, "StrictDataclassError", ValueError)  # older clients do not check configs
+    return (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ImportError, OSError, strict)
+
+
 def network_errors() -> tuple[type[Exception], ...]:
     """What the Hub's client raises when a connection fails: OSError, and the root error of its HTTP library.
 

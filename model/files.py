@@ -38,13 +38,19 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refused(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from None
 
 
 def must_not_exist(out: Path) -> None:
     """Refuse an output path that holds something already, or one that cannot be made."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    try:
+        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:  # a name that is too long, a folder that is closed
+        raise UsageError(f"--out {out} cannot be looked up: {error.strerror}") from None
+    if taken:
         raise UsageError(f"{out} exists already and is left as it is: choose another --out or remove it first")
     above = _nearest_existing(out)
     if not above.is_dir():
@@ -127,15 +133,19 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
     except ImportError:  # no advisory locks on this system
         yield
         return
-    with open(folder / ".lock", "w") as file:
+    path = folder / ".lock"
+    with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the holder before may have removed the file between our opening and our locking it
+            if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+                raise BlockingIOError
         except OSError:
             raise Refused(f"another process is {doing} in {folder}: wait for it, or choose another --out") from None
         try:
             yield
         finally:
-            (folder / ".lock").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def _alive(pid: str) -> bool:

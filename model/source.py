@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerprune.model.errors import Refused, UsageError, network_errors
+from layerprune.model.errors import Refused, UsageError, model_errors, network_errors
 from layerprune.model.files import read_json
 from layerprune.model.plan import unwelcome
 from layerprune.model.recipes import Recipe, load_recipe, recipe_names
 from layerprune.model.tensors import read_checkpoint
 
 # What a checkpoint needs to be used and passed on; weights in other formats are never fetched.
-_HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
+_HUB_PATTERNS = [
+    "*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py",
+    "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*",
+]  # fmt: skip
+_HUB_IGNORED = ["consolidated*", "original/*", "*/consolidated*"]  # the same weights once more, in other layouts
 
 
 @dataclass(frozen=True)
@@ -45,17 +50,21 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
     if recipe is not None:
         if recipe.local_folder is not None:
             return ModelSource(name, recipe.local_folder, None, None, recipe)
-        return ModelSource(name, _fetch(recipe.model, revision), recipe.model, revision, recipe)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+        return _from_hub(name, recipe.model, revision, recipe)
+    try:
+        folder = Path(name).expanduser()
+        there, is_file = folder.is_dir(), folder.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home that is nobody's, a folder that is closed
+        raise UsageError(f"--model {name} cannot be looked up: {one_line(error)}") from None
+    if there:
         if not (folder / "config.json").exists():
             raise Refused(f"{name} is a folder without config.json: not a Hugging Face checkpoint")
         return ModelSource(name, folder.absolute(), None, None, recipe_of_checkpoint(folder))
-    if folder.exists():
+    if is_file:
         raise UsageError(f"--model {name} is a file: give the folder that holds config.json")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
         known = {r.model: r for r in map(load_recipe, recipe_names())}
-        return ModelSource(name, _fetch(name, revision), name, revision, known.get(name))
+        return _from_hub(name, name, revision, known.get(name))
     near = difflib.get_close_matches(name.lower(), recipe_names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "`layerprune recipes` lists the recipes"
     raise UsageError(f"--model {name} is no recipe, no local folder and no Hub id (owner/name); {hint}")
@@ -66,8 +75,17 @@ def recipe_of_checkpoint(folder: Path) -> Recipe | None:
     card = folder / "layerprune.json"
     if not card.exists():
         return None
-    name = read_json(card).get("recipe")
+    record = read_json(card)
+    if not isinstance(record, dict):
+        raise Refused(f"{card} is not a record that layerprune wrote: remove it, or give another --model")
+    name = record.get("recipe")
     return load_recipe(name) if name in recipe_names() else None
+
+
+def _from_hub(name: str, hub_id: str, revision: str | None, recipe: Recipe | None) -> ModelSource:
+    folder = _fetch(hub_id, revision)
+    commit = folder.name if folder.parent.name == "snapshots" else revision
+    return ModelSource(name, folder, hub_id, commit, recipe)
 
 
 def _fetch(hub_id: str, revision: str | None) -> Path:
@@ -76,7 +94,7 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
 
     at = f" at revision {revision}" if revision else ""
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED))
     except HFValidationError as error:
         raise UsageError(f"--model {hub_id} is no local folder and cannot be a Hub id: {one_line(error)}") from None
     except LocalEntryNotFoundError as error:
@@ -102,7 +120,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
     raw = read_json(folder / "config.json")
     kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind is None:
+    if not isinstance(kind, str):
         raise Refused(f"{folder / 'config.json'} has no model_type: not a Hugging Face model config")
     if kind not in CONFIG_MAPPING:
         if "auto_map" not in raw:
@@ -114,7 +132,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
             )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except model_errors() as error:
         raise Refused(f"{folder / 'config.json'} is not a valid {kind} config: {one_line(error)}") from error
     _must_decode(raw, config)
     return config
@@ -143,11 +161,17 @@ def _image_text(kind: str) -> bool:
 
 
 def auto_class(config: Any) -> Any:
-    """AutoModelForCausalLM, or the image-text class for multimodal models that have no causal entry."""
+    """AutoModelForCausalLM, or the image-text class for checkpoints of it and for models that have no causal entry."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
-    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not _image_text(config.model_type):
+    kind = config.model_type
+    # Llama-4 is in both tables, and its text class would leave the vision tower over
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind) in (getattr(config, "architectures", None) or [])
+    if (kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not whole) or not _image_text(kind):
         return AutoModelForCausalLM
     return AutoModelForImageTextToText
 
@@ -173,6 +197,8 @@ def pick_device(device: str | None = None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(str(device)).type
+        if kind == "cpu":
+            return kind
     except RuntimeError:
         raise UsageError(f"--device {device} is no torch device: use cpu, cuda or cuda:N") from None
     if kind == "cuda" and not torch.cuda.is_available():
@@ -180,7 +206,7 @@ def pick_device(device: str | None = None) -> str:
     if kind == "cuda" and (torch.device(str(device)).index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here, counted from cuda:0")
     here = torch.accelerator.current_accelerator()
-    if kind not in ("cpu", here.type if here is not None else "cpu"):
+    if here is None or kind != here.type:
         raise UsageError(f"--device {device} is not on this machine: use cpu, cuda or cuda:N")
     return str(device)
 
@@ -219,6 +245,10 @@ def load_model(
     stored = read_checkpoint(folder)
     chosen = pick_device(device)
     spread = device in (None, "auto") and chosen == "cuda" and torch.cuda.device_count() > 1
+    if chosen.startswith("cuda"):
+        # a model that accelerate prepared refers to itself: what was loaded before goes only when it is collected
+        gc.collect()
+        torch.cuda.empty_cache()
     if progress and sum(t.nbytes for t in stored.values()) > 1 << 30:
         show_loading()
     try:
@@ -233,7 +263,9 @@ def load_model(
         )
     except torch.cuda.OutOfMemoryError as error:
         raise Refused(f"{folder} does not fit on {chosen}: {one_line(error)}") from error
-    except (RuntimeError, ValueError) as error:
+    except ImportError as error:
+        raise Refused(f"{folder} needs a package that is not installed to be loaded: {one_line(error)}") from error
+    except model_errors() as error:
         raise Refused(f"transformers cannot load {folder}: {one_line(error)}") from error
     check_keys(folder, info, layer_count(config), len(stored))
     return model.eval()
@@ -263,7 +295,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     load_config(folder, trust_remote_code)  # refuses what is no model, or not trusted, in the right words
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception for a file that it cannot read
         raise Refused(f"no tokenizer can be loaded from {folder}: {one_line(error)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +44,8 @@ class StoredTensor:
 
     def read(self) -> bytes:
         with open(self.file, "rb") as file:
-            return os.pread(file.fileno(), self.nbytes, self.begin)
+            file.seek(self.begin)
+            return file.read(self.nbytes)  # os.pread gives at most 2 GiB at once
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -62,10 +62,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if len(prefix) < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise Refused(f"{path} is not a whole safetensors file: truncated or corrupt header")
             header = json.loads(file.read(length))
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise Refused(f"{path} is not a whole safetensors file: its header is not JSON") from None
     except FileNotFoundError:
         raise Refused(f"{path} does not exist") from None
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(header, dict):
+        raise Refused(f"{path} is not a whole safetensors file: its header is not a JSON object")
     start = 8 + length
     tensors: dict[str, StoredTensor] = {}
     try:
@@ -73,6 +77,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
+                raise TypeError
             tensor = StoredTensor(name, path, entry["dtype"], tuple(entry["shape"]), start + begin, start + end)
             tensors[name] = tensor
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -88,19 +94,22 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if at != size:
         state = "truncated" if size < at else "longer than its header says"
         raise Refused(f"{path} is {state}: {size:,} bytes, the header describes {at:,}")
+    if not tensors:
+        raise Refused(f"{path} holds no tensors")
     return tensors
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint folder, single-file or sharded, in index order.
 
-    Raises Refused for pickle-only checkpoints, missing shards, shards outside the folder, and tensors
-    that the index and the shards disagree about.
+    Where there are both, the single file counts, as it does for transformers.
+    Raises Refused for pickle-only checkpoints, missing shards, shards outside the folder, and tensors that the index
+    and the shards disagree about.
     """
     index = folder / INDEX
+    if (folder / SINGLE).exists():
+        return read_header(folder / SINGLE)
     if not index.exists():
-        if (folder / SINGLE).exists():
-            return read_header(folder / SINGLE)
         found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         pickles = [n for n in found if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         if pickles:
@@ -114,9 +123,10 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise Refused(f"{index} has no weight_map")
     shards: dict[str, dict[str, StoredTensor]] = {}
-    for shard in sorted(set(weight_map.values())):
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in (".", ".."):
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
             raise Refused(f"{index} names {shard!r}, a path outside the folder")
+    for shard in sorted(set(weight_map.values())):
         if not (folder / shard).exists():
             raise Refused(f"{index} names {shard}, which is not in {folder}: the download or copy is not complete")
         shards[shard] = read_header(folder / shard)

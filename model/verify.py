@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,14 +10,13 @@ from typing import Any
 
 from layerprune.model.cuts import Kept, describe_dropped
 from layerprune.model.decoder import Decoder, forward_logits, view_decoder, virtual_cut
-from layerprune.model.errors import Refused
+from layerprune.model.errors import Refused, model_errors
 from layerprune.model.likeness import prove_config
+from layerprune.model.memory import available_memory
 from layerprune.model.source import auto_class, check_keys, load_config, load_model, one_line, quiet_transformers
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
 _CHUNK = 8 << 20
-# What model code raises when a config asks for something that it was not written for.
-_BROKEN = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 
 
 def meta_decoder(folder: Path, trust_remote_code: bool = False) -> Decoder:
@@ -41,7 +41,7 @@ def _load_meta(folder: Path, trust_remote_code: bool) -> tuple[Decoder, dict[str
         )  # fmt: skip
     except ImportError as error:
         raise Refused(f"{folder} needs a package that is not installed to be read: {one_line(error)}") from error
-    except _BROKEN as error:
+    except model_errors() as error:
         raise Refused(f"transformers cannot read {folder}: {one_line(error)}") from error
     return view_decoder(model), info
 
@@ -93,24 +93,13 @@ def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
 
 def logits_check_dtype(source: Mapping[str, StoredTensor]) -> str | None:
     """The dtype in which a checkpoint fits in 60 % of the free memory: float32, else its own, else None."""
-    free = 0.6 * _available_memory()
+    free = 0.6 * available_memory()
     if 4 * sum(t.numel for t in source.values()) < free:
         return "float32"
     own = {t.dtype for t in source.values()}
     if sum(t.nbytes for t in source.values()) < free and own <= {"BF16"}:
         return "bfloat16"
     return None
-
-
-def _available_memory() -> int:
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 0
 
 
 def prove_logits(
@@ -142,9 +131,12 @@ def prove_logits(
         try:
             cache = decoder.model(input_ids=ids_BT[:, :-1], use_cache=True)
             names = ("past_key_values", "cache_params", "state")  # attention, Mamba, RWKV
-            held = {name: cache[name] for name in names if cache.get(name) is not None}
+            # newer outputs give one cache under several names, and some models take it under one of them only
+            taken = inspect.signature(decoder.model.forward).parameters
+            given = {name: cache[name] for name in names if cache.get(name) is not None}
+            held = {name: value for name, value in given.items() if name in taken} or given
             decoder.model(input_ids=ids_BT[:, -1:], use_cache=True, **held)
-        except _BROKEN as error:
+        except model_errors() as error:
             raise Refused(
                 f"transformers cannot generate with a cache from what this cut would be ({type(error).__name__}: "
                 f"{one_line(error)}); choose another block"
@@ -158,7 +150,7 @@ def _source_logits(source: Path, kept: Kept, ids_BT: Any, dtype: str, trust_remo
     try:
         with torch.no_grad(), virtual_cut(decoder, kept):
             return forward_logits(decoder, ids_BT % _vocabulary(decoder))
-    except _BROKEN as error:
+    except model_errors() as error:
         raise Refused(
             f"{source} does not run without layers {describe_dropped(kept, len(decoder))}: its layers pass on more than "
             f"their states ({type(error).__name__}: {one_line(error)}); choose another block"

@@ -13,8 +13,8 @@ import yaml
 ANYWHERE = "anything that serves the source's family"
 
 
-def serving_note(new: dict[str, Any], config: Any) -> str:
-    """Where the cut config can be served.
+def serving_note(old: dict[str, Any], new: dict[str, Any], config: Any) -> str:
+    """Where the cut config can be served. old, new: config.json before and after; config: the source's config object.
 
     Some servers (llama.cpp, parts of vLLM) know a family's pattern of layer types as a period and do not read the
     list in the config. They are right only if the cut's list is what the family's default makes of the new depth.
@@ -22,8 +22,10 @@ def serving_note(new: dict[str, Any], config: Any) -> str:
     from layerprune.model.source import text_config
     from layerprune.model.surgery import text_part
 
-    inner = text_part(new, config)
-    lists = [key for key in ("layer_types", "mlp_layer_types") if isinstance(inner.get(key), list)]
+    before, inner = text_part(old, config), text_part(new, config)
+    # every list that the cut wrote or changed says something about single layers
+    lists = [key for key, value in inner.items() if isinstance(value, list) and value != before.get(key)]
+    lists += [key for key in ("layer_types", "mlp_layer_types") if key not in lists and isinstance(inner.get(key), list)]
     if not lists:
         return ANYWHERE
     plain = copy.deepcopy({key: value for key, value in inner.items() if key not in (*lists, "model_type")})
@@ -32,7 +34,7 @@ def serving_note(new: dict[str, Any], config: Any) -> str:
         default = type(text_config(config))(**plain).to_dict()
     except Exception:  # a config class may do anything here; not knowing is an answer
         return "transformers; servers that assume this family's own pattern of layers may be wrong"
-    broken = [key for key in lists if default.get(key) != inner[key]]
+    broken = sorted(key for key in lists if default.get(key) != inner[key])
     if not broken:
         return ANYWHERE
     return (

@@ -22,7 +22,10 @@ from layerprune.prune.card import model_card, serving_note
 
 STRATEGIES = ("angular", "last")
 _CARRIED = {".json", ".model", ".txt", ".jinja", ".py", ".tiktoken"}
-_NOT_CARRIED = {"config.json", "layerprune.json", "README.md", "eval.json", "rank.json", "curve.json", "manifest.json"}
+_NOT_CARRIED = {
+    "config.json", "layerprune.json", "README.md", "eval.json", "rank.json", "curve.json", "manifest.json",
+    "hf_quant_config.json", "quantize_config.json",  # they name layers by their old indices; config.json has it all
+}  # fmt: skip
 
 Say = Callable[[str], None]
 
@@ -39,8 +42,13 @@ class Cut:
     plan: CutPlan
     config: dict[str, Any]
     strategy: str
-    distance: float | None
+    distances: list[float] | None
+    """Angular distance of every block of this size, by its start; None where nothing was ranked."""
     serving: str
+
+    @property
+    def distance(self) -> float | None:
+        return None if self.distances is None else float(self.distances[self.block.start])
 
     @property
     def bytes(self) -> int:
@@ -119,13 +127,11 @@ def prune_checkpoint(
                 model, data=calibration, samples=samples, length=length, seed=seed, dtype=dtype, device=device,
                 trust_remote_code=trust_remote_code, progress=progress,
             )  # fmt: skip
-        elif ranking is not None and not isinstance(ranking, Mapping):
-            ranking = read_ranking(ranking, count)
+        elif ranking is not None:
+            ranking = read_ranking(ranking, source, count)
         block = choose_block(drop, count, strategy, ranking)
-    distance = None
-    if isinstance(ranking, Mapping) and block.size < count:
-        distance = float(ranking["distance"][block.size - 1][block.start])
-    cut = plan_block(source, block, strategy, distance, trust_remote_code)
+    distances = ranking["distance"][block.size - 1] if isinstance(ranking, Mapping) else None
+    cut = plan_block(source, block, strategy, distances, trust_remote_code)
     if block.stop == count:
         say(
             f"warning: layers {block} include the last layer, which the head was trained on: expect a much worse model "
@@ -146,7 +152,7 @@ def prune_checkpoint(
 
 
 def plan_block(
-    source: ModelSource, block: Block, strategy: str, distance: float | None, trust_remote_code: bool = False
+    source: ModelSource, block: Block, strategy: str, distances: list[float] | None, trust_remote_code: bool = False
 ) -> Cut:
     """Plan the cut of one block from config.json and the safetensors headers alone."""
     from layerprune.model.surgery import cut_config
@@ -158,7 +164,7 @@ def plan_block(
     stored = read_checkpoint(source.folder)
     plan = plan_cut(stored, count, kept)
     new = cut_config(raw, config, kept, plan.extra)
-    return Cut(source, stored, count, block, kept, plan, new, strategy, distance, serving_note(new, config))
+    return Cut(source, stored, count, block, kept, plan, new, strategy, distances, serving_note(raw, new, config))
 
 
 def cut_record(cut: Cut) -> dict[str, Any]:
@@ -174,6 +180,7 @@ def cut_record(cut: Cut) -> dict[str, Any]:
         "dropped": describe_dropped(cut.kept, cut.layers),
         "kept": list(cut.kept),
         "distance": cut.distance,
+        "distances": cut.distances,
         "parameters": cut.parameters,
         "bytes": cut.bytes,
         "serving": cut.serving,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ def last_token_states(decoder: Any, batch: Any) -> Any:
         picked.append(states_BTD[torch.arange(rows, device=device), last.to(device)])
 
     walk_states(decoder, batch.ids_BT, batch.mask_BT, see)
+    if len(picked) != len(decoder) + 1:
+        raise Refused(
+            f"this {type(decoder.model).__name__} runs {len(picked) - 1} of its {len(decoder)} layers on text alone: their states "
+            "cannot be compared"
+        )
     device = picked[0].device
     return torch.stack([p.to(device) for p in picked], dim=1)
 
@@ -91,16 +97,22 @@ def rank_decoder(
 ) -> list[list[float]]:
     """Distances of all blocks of a live decoder over tokenised samples: the triangle of rank.json.
 
-    One forward pass without the head. Raises Refused when a state is not finite or is the zero vector.
+    One forward pass without the head; a batch that runs out of GPU memory is halved. Raises Refused when a state is not
+    finite or is the zero vector, and where one document does not fit.
     """
     import torch
 
-    from layerprune.model.data import batches
+    from layerprune.model.data import TokenBatch, batches
+    from layerprune.model.memory import in_halves
 
     if max_tokens is None:
         max_tokens = 16384 if decoder.device.type != "cpu" else 2048
     total = DistanceSum(len(decoder))
-    for batch in batches(sequences, max_tokens, pad_id, padding_side):
+
+    def add(part: Sequence[int], batch: TokenBatch) -> None:
+        if len(part) < len(batch.rows):
+            again = [sequences[batch.rows[row]] for row in part]
+            (batch,) = batches(again, sum(map(len, again)) * len(again), pad_id, padding_side)
         states = last_token_states(decoder, batch)
         sizes = states.double().norm(dim=-1)
         bad = ~torch.isfinite(sizes) | (sizes == 0)
@@ -113,6 +125,9 @@ def rank_decoder(
                 "(try --dtype float32)"
             )
         total.update(states)
+
+    for batch in batches(sequences, max_tokens, pad_id, padding_side):
+        in_halves(range(len(batch.rows)), functools.partial(add, batch=batch))
         progress(len(batch.rows))
     return total.distances()
 
@@ -135,11 +150,12 @@ def rank_blocks(
     model: recipe name, Hub id or folder. Options left at None come from the model's recipe, else: C4 validation,
     256 samples, 2048 tokens or the model's context. Returns (and writes to `out`) the content of rank.json:
     `layers` L; `distance`, row n-1 for n = 1..L-1 with d for start l = 0..L-n, in [0, 1] (0: the block turns the
-    state of the last token by nothing); `best` {n: start}; `settings`.
+    state of the last token by nothing); `best` {n: start}; `model` and `checkpoint`, what was ranked; `settings`.
     Raises UsageError or Refused (model, data, device, activations that are not finite).
     """
     from layerprune.model.data import check_data
     from layerprune.model.decoder import view_decoder
+    from layerprune.model.files import made_folder
     from layerprune.model.source import find_model, load_config, load_model, load_tokenizer, pick_device, pick_dtype, pick_length
 
     if out is not None:
@@ -151,9 +167,10 @@ def rank_blocks(
     pick_length(settings["length"], load_config(source.folder, trust_remote_code))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
-    result = rank_live(view_decoder(live), tokenizer, settings, seed=seed, progress=progress)
+    result = rank_live(view_decoder(live), tokenizer, settings, source, seed=seed, progress=progress)
     if out is not None:
-        write_json(Path(out), result)
+        with made_folder(Path(out).absolute().parent):
+            write_json(Path(out), result)
     return result
 
 
@@ -169,10 +186,11 @@ def rank_settings(source: Any, data: str | None, samples: int | None, length: in
 
 
 def rank_live(
-    decoder: Any, tokenizer: Any, settings: dict[str, Any], *, seed: int = 0, progress: bool = False
+    decoder: Any, tokenizer: Any, settings: dict[str, Any], source: Any, *, seed: int = 0, progress: bool = False
 ) -> dict[str, Any]:
-    """`rank_blocks` for a model that is loaded already; settings as `rank_settings` gives them."""
+    """`rank_blocks` for a model that is loaded already from `source`; settings as `rank_settings` gives them."""
     from layerprune.model.data import data_fingerprint, read_documents, tokenise
+    from layerprune.model.fingerprint import checkpoint_fingerprint
     from layerprune.model.progress import progress_bar
     from layerprune.model.source import pick_length, vocab_size
 
@@ -181,9 +199,13 @@ def rank_live(
     documents = read_documents(settings["data"], "validation", settings["samples"], seed)
     sequences = tokenise(tokenizer, documents, length, vocab=vocab_size(config), progress=progress)
     started = time.perf_counter()
+    # padding is masked, so any id will do that the model has an embedding for
+    pad_id = tokenizer.pad_token_id if 0 <= (tokenizer.pad_token_id or 0) < vocab_size(config) else 0
     with progress_bar(len(sequences), "rank", "doc", progress) as bar:
-        distance = rank_decoder(decoder, sequences, pad_id=tokenizer.pad_token_id or 0, progress=bar.update)
+        distance = rank_decoder(decoder, sequences, pad_id=pad_id or 0, progress=bar.update)
     return {
+        "model": source.name,
+        "checkpoint": checkpoint_fingerprint(source.folder),
         "layers": len(decoder),
         "distance": distance,
         "best": best_starts(distance),
@@ -202,9 +224,23 @@ def rank_live(
     }
 
 
-def read_ranking(path: str | Path, layers: int | None = None) -> dict[str, Any]:
-    """Read rank.json; Refused when it is none, UsageError when it ranks another number of layers."""
-    ranking = read_json(Path(path))
+def read_ranking(given: str | Path | Mapping[str, Any], source: Any, layers: int) -> dict[str, Any]:
+    """A ranking of `source`, from rank.json, from the folder that holds it, or from its content.
+
+    Raises Refused when it is none, UsageError when it ranks another checkpoint.
+    """
+    if isinstance(given, Mapping):
+        path, ranking = "the ranking", dict(given)
+    else:
+        path = str(Path(given) / "rank.json" if Path(given).is_dir() else given)
+        ranking = read_json(Path(path))
+    _check_ranking(path, ranking, source, layers)
+    return ranking
+
+
+def _check_ranking(path: str, ranking: Any, source: Any, layers: int) -> None:
+    from layerprune.model.fingerprint import checkpoint_fingerprint
+
     rows = ranking.get("distance") if isinstance(ranking, dict) else None
     found = ranking.get("layers") if isinstance(ranking, dict) else None
     whole = (
@@ -217,6 +253,10 @@ def read_ranking(path: str | Path, layers: int | None = None) -> dict[str, Any]:
     )
     if not whole:
         raise Refused(f"{path} is not a ranking written by `layerprune rank`")
-    if layers is not None and found != layers:
+    if found != layers:
         raise UsageError(f"{path} ranks a model of {found} layers, this one has {layers}")
-    return ranking
+    if ranking.get("checkpoint", "") != checkpoint_fingerprint(source.folder):
+        raise UsageError(
+            f"{path} ranks another checkpoint ({ranking.get('model', 'it does not say which')}), not {source.name}: rank this one, "
+            "or take a block from there with --layers A:B"
+        )

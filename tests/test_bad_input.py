@@ -152,7 +152,10 @@ def test_a_model_that_is_nothing(command: str, world: World) -> None:
 @pytest.mark.parametrize(
     ("text", "word"),
     [(None, "config.json"), ("{", "JSON"), ("[]", "model_type"), ("{}", "model_type"), ('{"model_type": "zorp"}', "zorp"),
-     ('{"model_type": 7}', "7"), ("\udcff", "JSON")],
+     ('{"model_type": 7}', "model_type"), ('{"model_type": ["llama"]}', "model_type"), ("\udcff", "JSON"),
+     ("[" * 100_000, "JSON"), ('{"model_type": "llama", "hidden_size": "64"}', "hidden_size"),
+     ('{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 3}', "not a valid llama config"),
+     ('{"model_type": "qwen3", "num_hidden_layers": 5, "layer_types": ["full_attention"]}', "not a valid qwen3 config")],
 )  # fmt: skip
 def test_a_folder_without_a_usable_config(command: str, text: str | None, word: str, world: World) -> None:
     (world.model / "config.json").unlink()
@@ -178,7 +181,16 @@ def test_remote_code_runs_only_when_it_is_trusted(command: str, world: World) ->
     (world.model / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
     edit_config(world.model, model_type="homemade", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
     world.refused(world.arguments(command), 1, "homemade", "--trust-remote-code", early=True)
+    # code beside a model that transformers knows itself is never needed, and never run
+    edit_config(world.model, model_type="llama")
+    assert CliRunner().invoke(main, world.arguments(command)).exit_code == 0
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("command", ["rank", "prune", "run", "eval", "heal"])
+def test_a_config_that_asks_for_what_transformers_does_not_have(command: str, world: World) -> None:
+    edit_config(world.model, hidden_act="zorp")
+    world.refused(world.arguments(command), 1, "zorp", str(world.model))
 
 
 def truncate(path: Path, size: int) -> None:
@@ -198,6 +210,14 @@ BROKEN_WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda m: truncate(m / "model.safetensors", 0), "truncated"),
     "longer than the header says": (lambda m: truncate(m / "model.safetensors", 999_999), "longer"),
     "header is no JSON": (lambda m: overwrite(m / "model.safetensors", 8, b"!!!!"), "not JSON"),
+    "header is a list": (lambda m: (m / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"[]"), "not a JSON object"),
+    "no tensors": (lambda m: (m / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{}"), "no tensors"),
+    "offsets are no whole numbers": (
+        lambda m: (m / "model.safetensors").write_bytes(
+            b"\x3d" + b"\0" * 7 + b'{"model.a":{"dtype":"F32","shape":[1],"data_offsets":[0.0,4]}}'[:61] + b"\0" * 4
+        ),
+        "m",
+    ),
     "header length is absurd": (lambda m: overwrite(m / "model.safetensors", 0, b"\xff" * 8), "corrupt"),
     "a dtype that the bytes contradict": (
         lambda m: overwrite(m / "model.safetensors", (m / "model.safetensors").read_bytes().index(b'"F32"'), b'"F64"'),
@@ -214,6 +234,14 @@ BROKEN_WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: (shard_weights(m), (m / "model.safetensors.index.json").write_text("{}")),
         "no weight_map",
     ),
+    "index names a number": (
+        lambda m: (
+            shard_weights(m),
+            (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1, "b": "model-00001-of-00002.safetensors"}}'),
+        ),
+        "outside the folder",
+    ),
+    "index names nothing": (lambda m: shard_weights(m, ""), "outside the folder"),
     "index is a list": (lambda m: (shard_weights(m), (m / "model.safetensors.index.json").write_text("[]")), "no weight_map"),
     "pickle only": (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"), "pickled"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "no weights"),
@@ -245,6 +273,19 @@ def test_a_folder_without_tokenizer(command: str, world: World) -> None:
     for file in world.model.glob("tokenizer*"):
         file.unlink()
     world.refused(world.arguments(command), 1, "tokenizer", str(world.model))
+
+
+@pytest.mark.parametrize("command", LOADING)
+@pytest.mark.parametrize("text", ["{", '{"version": "9", "model": {"type": "new"}}'])
+def test_a_tokenizer_that_cannot_be_read(command: str, text: str, world: World) -> None:
+    (world.model / "tokenizer.json").write_text(text)
+    world.refused(world.arguments(command), 1, "tokenizer", str(world.model))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_record_that_is_none(command: str, world: World) -> None:
+    (world.model / "layerprune.json").write_text("[]")
+    world.refused(world.arguments(command), 1, "layerprune.json", early=True)
 
 
 @pytest.mark.parametrize("command", LOADING)
@@ -343,6 +384,19 @@ def test_lengths_that_no_document_can_have(command: str, length: int, world: Wor
     world.refused(world.arguments(command, length=length), 2, f"--length {length}", *(["64"] if length > 64 else []))
 
 
+@pytest.mark.parametrize("command", LOADING)
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_seeds_that_a_generator_does_not_take(command: str, seed: int, world: World) -> None:
+    world.refused(world.arguments(command, seed=seed), 2, f"--seed {seed}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_names_that_no_file_can_have(command: str, world: World) -> None:
+    world.refused(world.arguments(command, model="x" * 300), 2, "--model x", early=True)
+    world.refused(world.arguments(command, model="~nobody-at-all/x"), 2, "--model ~nobody-at-all", early=True)
+    world.refused(world.arguments(command, out="y" * 300), 2, "--out y", early=True)
+
+
 @pytest.mark.parametrize("command", ["rank", "prune-angular", "run", "eval"])
 def test_an_unknown_dtype(command: str, world: World) -> None:
     world.refused(world.arguments(command, dtype="float8"), 2, "--dtype float8", "bfloat16")
@@ -415,6 +469,27 @@ def test_rankings_that_are_none_or_of_another_model(text: str | None, code: int,
     world.refused(world.arguments("prune", strategy=None, ranking=path), code, *words, early=True)
 
 
+def test_a_ranking_is_taken_for_the_checkpoint_that_was_ranked_only(world: World) -> None:
+    from layerprune import prune_checkpoint, rank_blocks
+    from layerprune.model.errors import UsageError
+
+    ranking = rank_blocks(world.model, data=str(world.data), samples=4, length=16, out=world.root / "new" / "rank.json")
+    folder = world.root / "new"
+    assert CliRunner().invoke(main, world.arguments("prune", strategy=None, ranking=folder)).exit_code == 0
+    shutil.rmtree(world.out)
+    edit_weights(world.model, lambda t: t["lm_head.weight"].mul_(2.0))
+    words = ("another checkpoint", str(world.model), "--layers")
+    world.refused(world.arguments("prune", strategy=None, ranking=folder), 2, *words, early=True)
+    with pytest.raises(UsageError, match="another checkpoint"):
+        prune_checkpoint(world.model, world.out, drop=0.4, ranking=ranking)
+    with pytest.raises(UsageError, match="4 layers"):
+        less = {**ranking, "layers": 4, "distance": [row[:-1] for row in ranking["distance"][:-1]]}
+        less["best"] = {n: start for n, start in ranking["best"].items() if n != "4"}
+        less["best"] = {str(n): row.index(min(row)) for n, row in enumerate(less["distance"], 1)}
+        prune_checkpoint(world.model, world.out, drop=0.4, ranking=less)
+    assert not world.out.exists()
+
+
 # The data
 
 
@@ -431,6 +506,8 @@ BROKEN_DATA: dict[str, tuple[str, bytes, str]] = {
     "broken line": ("d.jsonl", b'{"text": "fine"}\n\n{"text": "bro\n', "line 3"),
     "no text": ("d.jsonl", b'{"text": "fine"}\n{"content": "other"}\n', "line 2"),
     "text is a number": ("d.jsonl", b'{"text": 7}\n', "line 1"),
+    "half of a surrogate pair": ("d.jsonl", b'{"text": "fine"}\n{"text": "\\ud83d"}\n', "line 2"),
+    "deep nesting": ("d.jsonl", b'{"text": "fine"}\n{"a":' + b"[" * 100_000 + b"\n", "line 2"),
     "a line that is a list": ("d.jsonl", b'{"text": "fine"}\n["text"]\n', "line 2"),
     "truncated gzip": ("d.jsonl.gz", gz_and_zst(GOOD)[0][:-200], "d.jsonl.gz"),
     "corrupt gzip": ("d.jsonl.gz", (lambda z: z[:300] + b"\xff" * 64 + z[364:])(gz_and_zst(GOOD)[0]), "d.jsonl.gz"),
@@ -519,6 +596,42 @@ def test_a_run_of_other_inputs_is_not_touched(world: World) -> None:
     for text, word in (("{", "not valid JSON"), ("[]", "not the manifest"), ("{}", "not the manifest")):
         manifest.write_text(text)
         world.refused(world.arguments("run"), 1, str(manifest), word, early=True)
+
+
+def test_a_run_goes_on_where_its_inputs_are_the_same_wherever_they_lie(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = task_folder(world)
+    tasks = {"tasks": "towers", "task-folder": folder}
+    first = CliRunner().invoke(main, world.arguments("run", **tasks))
+    assert first.exit_code == 0, first.output
+    moved = Path(shutil.copytree(world.model, world.root / "elsewhere" / "copy"))
+    shutil.copyfile(world.data, world.root / "elsewhere" / "data.jsonl")
+    monkeypatch.chdir(world.root / "elsewhere")
+    again = World(world.root, Path("copy"), Path("data.jsonl"))
+    done = CliRunner().invoke(main, again.arguments("run", **tasks))
+    assert (done.exit_code, done.stdout) == (0, first.stdout), done.output
+    (folder / "items.jsonl").write_text((folder / "items.jsonl").read_text().replace("tall", "high"))
+    again.refused(again.arguments("run", **tasks), 2, "task_folder was", early=True)
+    folder.joinpath("items.jsonl").write_text((folder / "items.jsonl").read_text().replace("high", "tall"))
+    tokenizer = moved / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    again.refused(again.arguments("run", **tasks), 2, "tokenizer was", early=True)
+
+
+def test_a_repository_with_nothing_but_its_history_is_no_empty_folder(world: World) -> None:
+    (world.out / ".git").mkdir(parents=True)
+    world.refused(world.arguments("run"), 2, "exists already", early=True)
+
+
+def test_what_healing_would_refuse_is_refused_before_ranking(world: World) -> None:
+    short = world.root / "short.jsonl"
+    short.write_text('{"text": "the"}\n')
+    broken = world.root / "broken.jsonl"
+    broken.write_text('{"text": "the river"}\n' * 300 + "{\n")
+    for data, word in ((short, "do not fill one sequence"), (broken, "line 301")):
+        changes = {"no-heal": None, "heal-data": data}
+        said = CliRunner().invoke(main, world.arguments("run", **changes)).stderr
+        assert "ranking" not in said.replace("chosen by ranking", "")
+        world.refused(world.arguments("run", **changes), 1, str(data), word)
 
 
 def test_a_run_that_another_process_is_at_work_on(world: World) -> None:

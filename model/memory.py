@@ -1,0 +1,65 @@
+"""What fits in memory: what a process may still take, and halves where a GPU says no."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from layerprune.model.errors import Refused
+from layerprune.model.source import one_line
+
+Row = TypeVar("Row")
+
+
+def available_memory() -> int:
+    """Bytes of RAM that this process may still take: the machine's, or its control group's where that is less."""
+    second = Path("/sys/fs/cgroup")
+    first = second / "memory"
+    return max(0, min(
+        _of_machine(),
+        _of_group(second / "memory.max", second / "memory.current", second / "memory.stat", "inactive_file"),
+        _of_group(
+            first / "memory.limit_in_bytes", first / "memory.usage_in_bytes", first / "memory.stat", "total_inactive_file"
+        ),
+    ))  # fmt: skip
+
+
+def _of_machine() -> int:
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 0
+
+
+def _of_group(limit: Path, used: Path, stat: Path, key: str) -> int:
+    """A control group's limit less what it uses, the page cache that can go not counted; huge where there is none."""
+    try:
+        cache = next(int(line.split()[1]) for line in stat.read_text().splitlines() if line.split()[0] == key)
+        return int(limit.read_text()) - int(used.read_text()) + cache
+    except (OSError, ValueError, StopIteration):  # no control group, or "max"
+        return 1 << 62
+
+
+def in_halves(rows: Sequence[Row], work: Callable[[Sequence[Row]], None]) -> int:
+    """Do the work on all rows at once, or in halves (of halves ...) where a GPU is out of memory.
+
+    Returns the rows of the largest part that fitted. Raises Refused when a single row does not fit.
+    """
+    import torch
+
+    try:
+        work(rows)
+        return len(rows)
+    except torch.cuda.OutOfMemoryError as error:
+        if len(rows) == 1:
+            raise Refused(f"not even one sequence at a time fits on the GPU beside the model: {one_line(error)}") from error
+    # outside the handler, which would keep the tensors of the failed attempt alive
+    torch.cuda.empty_cache()
+    half = len(rows) // 2
+    return max(in_halves(rows[:half], work), in_halves(rows[half:], work))
