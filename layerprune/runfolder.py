@@ -71,7 +71,11 @@ def open_run(path: Path, inputs: dict[str, Any], given: dict[str, Any] | None = 
     """
     manifest_path = path / MANIFEST
     # what a process killed before its first manifest leaves (.lock, partial files) is nobody's result
-    if not manifest_path.exists() and not (path.is_dir() and all(map(_is_leftover, path.iterdir()))):
+    try:
+        begun = manifest_path.exists() or (path.is_dir() and all(map(_is_leftover, path.iterdir())))
+    except OSError:  # a name that is too long, a folder that is closed: refused below
+        begun = False
+    if not begun:
         must_not_exist(path)
     with no_space_refusal(path), made_folder(path), locked(path, "at work"):
         new = not manifest_path.exists()

@@ -114,3 +114,14 @@ def test_a_wrong_cut_is_seen(sources: Callable[[str], Path], tmp_path: Path, mon
     monkeypatch.setattr(verify, "prove_logits", lambda *arguments: None)
     with pytest.raises(AssertionError, match="logits differ"):
         families.try_block(sources("Llama"), "5:7", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "anywhere"),
+    [("Llama", "2:5", True), ("SmolLM3", "4:8", True), ("SmolLM3", "2:5", False), ("Gemma-3", "2:5", False)],
+)
+def test_a_broken_period_is_told(name: str, block: str, anywhere: bool, sources: Callable[[str], Path]) -> None:
+    from layerprune.prune.cut import prune_checkpoint
+
+    told = prune_checkpoint(sources(name), None, layers=block, dry_run=True, say=lambda line: None)["serving"]
+    assert (told == "anything that serves the source's family") is anywhere, told

@@ -493,3 +493,12 @@ def test_what_cannot_be_healed_is_refused_before_training(
         with pytest.raises((UsageError, Refused), match=told):
             heal_checkpoint(model, tmp_path / "out", report=lambda line: None, **{**SMALL, **options})
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.work").exists()
+
+
+def test_a_second_gpu_is_refused_in_words_that_help() -> None:
+    from layerprune.heal.train import check_device
+
+    for device in ("cpu", "cuda", "cuda:0", "mps"):
+        check_device(device)
+    with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=1"):
+        check_device("cuda:1")

@@ -184,3 +184,66 @@ def test_a_zero_state_is_refused() -> None:
         model.model.embed_tokens.weight.zero_()
     with pytest.raises(Refused, match="embedding are zero"):
         rank_decoder(view_decoder(model), documents())
+
+
+def test_streams_and_documents_of_one_number_are_told_apart() -> None:
+    """Gemma-3n hands its layers (streams, batch, tokens, features): four streams of four documents."""
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3nTextConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, head_dim=16,
+        num_key_value_heads=1, num_kv_shared_layers=0, altup_num_inputs=4, hidden_size_per_layer_input=8, laurel_rank=4,
+        vocab_size_per_layer_input=101, layer_types=["full_attention"] * 4, activation_sparsity_pattern=[0.0] * 4,
+    )  # fmt: skip
+    decoder = view_decoder(Gemma3nForCausalLM(config).eval())
+    same_length = [ids[:3] + ids[:3] for ids in documents(count=4)]
+    together = rank_decoder(decoder, same_length, max_tokens=24)
+    assert difference(together, rank_decoder(decoder, same_length, max_tokens=1)) < 1e-5
+
+
+def test_a_batch_that_runs_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    usual, forward, failures = rank_decoder(view_decoder(model), documents()), model.forward, []
+
+    def limited(rows: int) -> Any:
+        def small(input_ids: torch.Tensor, **more: Any) -> Any:
+            if len(input_ids) > rows:
+                failures.append(len(input_ids))
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return forward(input_ids=input_ids, **more)
+
+        return small
+
+    told: list[int] = []
+    monkeypatch.setattr(model, "forward", limited(2))
+    found = rank_decoder(view_decoder(model), documents(), progress=told.append)
+    assert difference(found, usual) < 1e-6 and failures and sum(told) == len(documents())
+    monkeypatch.setattr(model, "forward", limited(0))
+    with pytest.raises(Refused, match="not even one sequence"):
+        rank_decoder(view_decoder(model), documents())
+
+
+def test_a_pad_token_that_the_model_has_no_embedding_for(build_llama: Any, tmp_path: Any) -> None:
+    from transformers import AutoTokenizer
+
+    from layerprune.prune.rank import rank_blocks
+
+    folder = build_llama(tmp_path / "model", layers=3, vocab_size=300)
+    data = tmp_path / "d.txt"
+    data.write_text("the river\n\nthe old tower over the small stone\n")
+    before = rank_blocks(folder, data=str(data), device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 300
+    tokenizer.save_pretrained(folder)
+    assert difference(rank_blocks(folder, data=str(data), device="cpu")["distance"], before["distance"]) < 1e-6
+
+
+def test_layers_that_do_not_run_on_text_alone_are_refused() -> None:
+    model = llama()
+    decoder = view_decoder(model)
+    decoder.layers[2].forward = None  # never called below
+    model.model.layers = nn.ModuleList([layer for i, layer in enumerate(decoder.layers) if i != 2])
+    with pytest.raises(Refused, match="runs 5 of its 6 layers"):
+        rank_decoder(decoder, documents())
