@@ -33,6 +33,8 @@ _SERIES: dict[tuple[str, bool], dict[str, Any]] = {
         "label": "last n, not healed",
     },
 }
+_LEAST_SPAN = 0.5
+"""Range of accuracy that a panel shows at least."""
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "layerprune",
@@ -285,6 +287,10 @@ def _draw(
     style = dict(_SERIES[key])
     # Where two strategies agree, the thin line lies on the thick one and both are seen.
     front = key[0] == "angular"
+    if key[1] and len(points) == 2:  # one depth was healed: a line to it would show what nobody measured
+        points, style["ls"] = points[1:], ""
+        if points[0][2] is not None:
+            axes.errorbar(*points[0], color=style["color"], lw=1.1, capsize=2.5, zorder=3)
     x, y = [p[0] for p in points], [p[1] for p in points]
     axes.plot(
         x,
@@ -317,6 +323,10 @@ def _task_panel(axes: Any, series: dict[tuple[str, bool], list[dict[str, Any]]],
         _draw(axes, key, points, len(points) > 20)
     if chance is not None:
         axes.axhline(chance, color=GREY, ls="--", lw=1.1, zorder=2, label="chance")
+    low, high = axes.get_ylim()
+    if high - low < _LEAST_SPAN:  # noise must not fill a panel
+        low = min(low, 1.02 - _LEAST_SPAN)
+        axes.set_ylim(low, max(high, low + _LEAST_SPAN))
     axes.set(
         title=name,
         ylabel={"acc": "accuracy", "acc_norm": "accuracy (normalised)"}.get(metric, metric or "accuracy"),
