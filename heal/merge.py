@@ -29,7 +29,12 @@ class Stored:
     transposed: bool
 
 
-def locate(targets: Iterable[Target], stored: Mapping[str, StoredTensor], layers: int) -> dict[str, Stored]:
+def locate(
+    targets: Iterable[Target],
+    stored: Mapping[str, StoredTensor],
+    layers: int,
+    progress: Callable[[int], None] = lambda number: None,
+) -> dict[str, Stored]:
     """Map each target's module name to its stored tensor, and prove it by the values.
 
     A checkpoint may use other names than the model (prefixes, renamed modules) and store weights transposed. The
@@ -56,6 +61,7 @@ def locate(targets: Iterable[Target], stored: Mapping[str, StoredTensor], layers
                 "stored twice): healing could not be merged into it; resave it with save_pretrained"
             )
         found[target.name] = matches[0]
+        progress(1)
     return found
 
 

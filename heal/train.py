@@ -225,6 +225,7 @@ def _train(
     from layerprune.heal.packing import pack
     from layerprune.heal.targets import choose_targets, probe_forward, target_pattern
     from layerprune.model.decoder import view_decoder
+    from layerprune.model.progress import progress_bar
     from layerprune.model.verify import meta_decoder
 
     tokenizer = load_tokenizer(source.folder, trust)
@@ -240,7 +241,8 @@ def _train(
         decoder = view_decoder(live)
         extra = probe_forward(decoder)
         targets = choose_targets(decoder, settings.targets)
-    where = locate(targets, read_checkpoint(source.folder), len(decoder))
+    with progress_bar(len(targets), "find weights", "layer", progress) as bar:
+        where = locate(targets, read_checkpoint(source.folder), len(decoder), bar.update)
     pattern = target_pattern(decoder, targets)
     live = trainer.add_lora(live, pattern, settings)
     trainable = sum(p.numel() for p in live.parameters() if p.requires_grad)

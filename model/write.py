@@ -93,6 +93,8 @@ def _copy(source: int, out: int, begin: int, end: int, progress: Callable[[int],
                 if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                     raise
                 in_kernel = False
+            if done == 0:  # some network file systems say so instead of refusing
+                in_kernel = False
         if not in_kernel:
             data = os.pread(source, want, begin)
             done = len(data)
