@@ -105,7 +105,7 @@ def _print(result: Any, as_json: bool, text: Callable[[], str]) -> None:
     click.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else text())
 
 
-@main.command()
+@main.command(short_help="Everything, in one run folder.")
 @_options(_model)
 @click.option("--drop", type=float, required=True, metavar="F", help="Fraction of layers to drop; F times L, rounded half up.")
 @_options(_strategy, _tasks, _shots, _limit, _task_folder, _calibration, _heal_data, _eval_data)
@@ -134,7 +134,7 @@ def _fraction(text: str) -> float:
         raise click.BadParameter(f"{text!r} is not a number", param_hint="--curve") from None
 
 
-@main.command()
+@main.command(short_help="Rank all blocks of layers in one pass.")
 @_options(_model, _calibration, _samples, _length, _seed, _dtype, _device, _trust, _out("runs/<model>-rank"), _json, _v)
 def rank(as_json: bool, **options: Any) -> None:
     """Rank all blocks of layers by angular distance, in one pass."""
@@ -146,7 +146,7 @@ def rank(as_json: bool, **options: Any) -> None:
     _print(result, as_json, lambda: format_rank(result))
 
 
-@main.command()
+@main.command(short_help="Write a checkpoint without some layers.")
 @_options(_model, _drop)
 @click.option("--layers", metavar="A:B", help="Drop layers A to B-1 instead (0-based, half-open).")
 @_options(_strategy)
@@ -167,7 +167,7 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
     _print(result, as_json, lambda: format_cut(result, str(folder), plan=dry_run))
 
 
-@main.command()
+@main.command(short_help="Train a cut checkpoint back with QLoRA.")
 @click.option("--model", required=True, metavar="DIR", help="The cut checkpoint (any recipe name, Hub id or folder).")
 @_options(_heal_data)
 @click.option("--heal-steps", "steps", type=int, metavar="N", help="Optimizer steps  [5000, or the recipe's].")
@@ -175,7 +175,8 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 @click.option("--lora-rank", type=int, metavar="R", help="Rank of LoRA, and its alpha  [64, or the recipe's].")
 @click.option("--batch-size", type=int, metavar="B", help="Sequences a step, over all micro-batches  [16, or the recipe's].")
 @click.option("--micro-batch", type=int, metavar="B", help="Sequences in memory at once  [chosen].")
-@_options(_length, _seed, _device, _trust, _out("runs/<model>-healed"), _json, _v)
+@click.option("--length", type=int, metavar="T", help="Tokens of a packed sequence  [the recipe's; 2048, or the model's context].")
+@_options(_seed, _device, _trust, _out("runs/<model>-healed"), _json, _v)
 def heal(heal_data: str | None, out: str | None, as_json: bool, **options: Any) -> None:
     """Train a cut checkpoint back (QLoRA on the MLPs) and merge the adapter into it."""
     from layerprune.heal.train import format_healing, heal_checkpoint
@@ -186,7 +187,7 @@ def heal(heal_data: str | None, out: str | None, as_json: bool, **options: Any) 
     _print(result, as_json, lambda: format_healing(result, str(folder)))
 
 
-@main.command("eval")
+@main.command("eval", short_help="Score lm-eval tasks, measure the loss.")
 @click.option("--model", required=True, metavar="DIR", help="Any recipe name, Hub id or folder.")
 @_options(_tasks, _shots, _limit, _task_folder, _eval_data)
 @click.option("--no-loss", is_flag=True, help="Tasks only.")
@@ -217,7 +218,7 @@ def recipes(name: str | None, as_json: bool) -> None:
     _print(result, as_json, lambda: format_recipes(result))
 
 
-@main.command()
+@main.command(short_help="Faults and cost of a recipe.")
 @click.argument("recipe")
 @click.option("--drop", type=float, default=0.4, show_default=True, metavar="F", help="Fraction of layers to drop.")
 @click.option("--device", type=click.Choice(["h100", "cpu"]), default="h100", show_default=True, help="Whose rate gives the hours.")

@@ -7,7 +7,9 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+from layerprune.model.errors import Refused
 from layerprune.model.files import write_text
 from layerprune.model.tensors import INDEX, SINGLE, StoredTensor
 
@@ -64,7 +66,7 @@ def _write_shard(path: Path, group: dict[str, StoredTensor], replace: Replace, p
                 out.flush()
                 progress(len(data))
             else:
-                _copy(source.fileno(), out.fileno(), begin, end, progress)
+                _copy(source, out, begin, end, progress)
 
 
 def _ranges(ordered: Sequence[tuple[str, StoredTensor]], replace: Replace) -> list[tuple[int, int, str | None]]:
@@ -80,15 +82,16 @@ def _ranges(ordered: Sequence[tuple[str, StoredTensor]], replace: Replace) -> li
     return ranges
 
 
-def _copy(source: int, out: int, begin: int, end: int, progress: Callable[[int], None]) -> None:
+def _copy(source: BinaryIO, out: BinaryIO, begin: int, end: int, progress: Callable[[int], None]) -> None:
     """Append bytes begin..end of `source` to `out`, in the kernel where the system can, else by reading."""
+    here, there = source.fileno(), out.fileno()
     in_kernel = hasattr(os, "copy_file_range")
     while begin < end:
         want = min(_CHUNK, end - begin)
         done = 0
         if in_kernel:
             try:
-                done = os.copy_file_range(source, out, want, offset_src=begin)
+                done = os.copy_file_range(here, there, want, offset_src=begin)
             except OSError as error:
                 if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                     raise
@@ -96,12 +99,12 @@ def _copy(source: int, out: int, begin: int, end: int, progress: Callable[[int],
             if done == 0:  # some network file systems say so instead of refusing
                 in_kernel = False
         if not in_kernel:
-            data = os.pread(source, want, begin)
+            data = os.pread(here, want, begin)
             done = len(data)
             view = memoryview(data)
             while view:
-                view = view[os.write(out, view) :]
+                view = view[os.write(there, view) :]
         if done == 0:
-            raise EOFError("the source file became shorter while it was copied")
+            raise Refused(f"{source.name} became shorter while it was copied")
         begin += done
         progress(done)
