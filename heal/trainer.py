@@ -275,8 +275,8 @@ def newest_checkpoint(work: Path) -> Path | None:
 def choose_memory(model: Any, settings: Healing, device: str, extra: Mapping[str, int]) -> Memory:
     """How many sequences are in memory at once, and whether activations are kept; the model is set accordingly.
 
-    On a GPU it is found by trying one pass forward and back. Keeping activations is a third faster than computing
-    them twice (measured at Llama-2-7B's shape) as long as the weights are decoded for enough tokens at a time; where it
+    On a GPU it is found by trying one pass forward and back. Keeping activations is faster than computing
+    them twice as long as the weights are decoded for enough tokens at a time; where it
     does not fit, the largest micro-batch with gradient checkpointing is taken.
     """
     sizes = list(reversed(divisors(settings.batch_size))) if settings.micro_batch is None else [settings.micro_batch]
