@@ -65,7 +65,7 @@ def scoring(given: argparse.Namespace, tasks: list[str], folder: Path, sizes: li
 
     from layerprune.eval.harness import LiveModel
     from layerprune.eval.tasks import load_tasks
-    from layerprune.model.source import load_model, load_tokenizer
+    from layerprune.model.load import load_model, load_tokenizer
 
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     live = load_model(Path(given.model), device=given.device, dtype=given.dtype)

@@ -20,11 +20,13 @@ import torch
 from record import write_record
 
 from layerprune.heal.train import heal_checkpoint
+from layerprune.model.config import load_config, vocab_size
 from layerprune.model.cuts import describe_dropped
 from layerprune.model.data import batches, read_documents, tokenise
 from layerprune.model.decoder import view_decoder
+from layerprune.model.load import load_model, load_tokenizer, pick_device
 from layerprune.model.loss import total_loss
-from layerprune.model.source import find_model, load_config, load_model, load_tokenizer, pick_device, vocab_size
+from layerprune.model.source import find_model
 from layerprune.prune.cut import prune_checkpoint
 
 

@@ -63,13 +63,11 @@ def make_checkpoint(folder: Path, layers: int) -> None:
 
 def copy_cut(source: Path, target: Path, layers: int, start: int, stop: int) -> dict[str, float]:
     """In this process: plan and copy, as `layerprune prune` does; seconds, and bytes of memory above the imports."""
-    import resource
-
     from layerprune.model.plan import plan_cut
     from layerprune.model.tensors import read_checkpoint
     from layerprune.model.write import write_checkpoint
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_memory()
     started = time.perf_counter()
     stored = read_checkpoint(source)
     kept = (*range(start), *range(stop, layers))
@@ -78,8 +76,13 @@ def copy_cut(source: Path, target: Path, layers: int, start: int, stop: int) -> 
     write_checkpoint({new: stored[old] for old, new in plan.renamed.items()}, target)
     sync(target)
     seconds = time.perf_counter() - started
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "memory": after - before, "bytes": sum(p.stat().st_size for p in target.iterdir())}
+    return {"seconds": seconds, "memory": peak_memory() - before, "bytes": sum(p.stat().st_size for p in target.iterdir())}
+
+
+def peak_memory() -> int:
+    """Most bytes that this process ever held (Linux). getrusage would count what its parent held before."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def sync(folder: Path) -> None:

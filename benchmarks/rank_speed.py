@@ -49,7 +49,7 @@ def random_model(shape: str, device: str) -> Any:
 
 def main() -> None:
     from layerprune.model.decoder import view_decoder
-    from layerprune.model.source import load_model
+    from layerprune.model.load import load_model
     from layerprune.prune.rank import rank_decoder
 
     parser = argparse.ArgumentParser(

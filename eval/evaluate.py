@@ -27,7 +27,7 @@ def loss_sequences(
     progress: bool = False,
 ) -> list[list[int]]:
     """Token ids of the validation documents: each truncated at `length`, those of fewer than 2 tokens left out."""
-    from layerprune.model.source import pick_length, vocab_size
+    from layerprune.model.config import pick_length, vocab_size
 
     documents = read_documents(data, "validation", samples, seed)
     return tokenise(tokenizer, documents, pick_length(length, config), at_least=2, vocab=vocab_size(config), progress=progress)
@@ -91,9 +91,9 @@ def evaluate_live(
     A TaskSet and ready sequences serve any number of models. Returns {"loss": .. or None, "tasks": .. or None}.
     num_fewshot: for those tasks that map to None.
     """
+    from layerprune.model.config import vocab_size
     from layerprune.model.decoder import view_decoder
     from layerprune.model.progress import progress_bar
-    from layerprune.model.source import vocab_size
 
     loss = scores = None
     if sequences is not None:
@@ -164,8 +164,10 @@ def evaluate_checkpoint(
     5 in-context examples. items: keep each item's correctness. loss: False leaves the loss out. The tasks and the
     data are loaded before the model, so that what is missing shows at once. Raises UsageError and Refused.
     """
+    from layerprune.model.config import pick_length
     from layerprune.model.decoder import view_decoder
-    from layerprune.model.source import find_model, load_model, load_tokenizer, pick_device, pick_length
+    from layerprune.model.load import load_model, load_tokenizer, pick_device
+    from layerprune.model.source import find_model
 
     start = time.monotonic()
     if out is not None:

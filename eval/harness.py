@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 
 from layerprune.eval.memory import logit_budget, token_budget
+from layerprune.model.config import vocab_size
 from layerprune.model.decoder import is_cut
-from layerprune.model.errors import Refused
+from layerprune.model.errors import Refused, one_line
 from layerprune.model.memory import in_halves
 from layerprune.model.progress import progress_bar
-from layerprune.model.source import one_line, vocab_size
 
 Request = tuple[Any, list[int], list[int]]
 """lm-eval's: the two strings (or None), the context's tokens, the continuation's tokens."""

@@ -7,8 +7,8 @@ import statistics
 import time
 from typing import Any
 
+from layerprune.model.config import context_length, vocab_size
 from layerprune.model.decoder import is_cut
-from layerprune.model.source import context_length, vocab_size
 
 
 def generation_speed(

@@ -16,8 +16,7 @@ from typing import Any
 
 import yaml
 
-from layerprune.model.errors import Refused, UsageError, network_errors
-from layerprune.model.source import one_line
+from layerprune.model.errors import Refused, UsageError, network_errors, one_line
 
 ACCURACIES = ("acc", "exact_match", "em")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from layerprune.model.config import pick_length
 from layerprune.model.errors import UsageError
 from layerprune.model.recipes import HealSettings, Recipe, load_recipe
-from layerprune.model.source import pick_length
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerprune.model.config import text_config
 from layerprune.model.decoder import Decoder, forward_logits, hidden_of, replaced_forwards
-from layerprune.model.errors import Refused, UsageError
-from layerprune.model.source import one_line, text_config
+from layerprune.model.errors import Refused, UsageError, one_line
 
 _PROBE_TOKENS = 12
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -15,6 +15,7 @@ from typing import Any
 from layerprune.heal.card import healed_card
 from layerprune.heal.packing import check_one_sequence
 from layerprune.heal.settings import Healing, heal_settings
+from layerprune.model.config import load_config, vocab_size
 from layerprune.model.data import check_data, check_token_id, data_fingerprint
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import (
@@ -30,8 +31,9 @@ from layerprune.model.files import (
     write_text,
 )  # fmt: skip
 from layerprune.model.fingerprint import checkpoint_fingerprint, tokenizer_fingerprint
+from layerprune.model.load import load_tokenizer, pick_device
 from layerprune.model.recipes import Recipe
-from layerprune.model.source import ModelSource, find_model, load_config, load_tokenizer, pick_device, vocab_size
+from layerprune.model.source import ModelSource, find_model
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
 Say = Callable[[str], None]

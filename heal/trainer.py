@@ -21,7 +21,7 @@ from layerprune.heal.settings import Healing, divisors
 from layerprune.heal.targets import is_linear, linear_shape
 from layerprune.model.errors import Refused
 from layerprune.model.files import read_json, write_json
-from layerprune.model.source import load_model
+from layerprune.model.load import load_model
 
 Say = Callable[[str], None]
 NF4_BLOCK = 64

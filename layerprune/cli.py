@@ -138,8 +138,8 @@ def _fraction(text: str) -> float:
 @_options(_model, _calibration, _samples, _length, _seed, _dtype, _device, _trust, _out("runs/<model>-rank"), _json, _v)
 def rank(as_json: bool, **options: Any) -> None:
     """Rank all blocks of layers by angular distance, in one pass."""
-    from layerprune.pipeline import format_rank
-    from layerprune.pipeline import rank as rank_all
+    from layerprune.steps import format_rank
+    from layerprune.steps import rank as rank_all
 
     options["data"] = options.pop("calibration")
     result = rank_all(progress=True, **options)
@@ -159,8 +159,8 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 
     With `last` or --layers the model is never loaded to choose the block. Bytes are copied, not decoded.
     """
-    from layerprune.pipeline import prune_folder
     from layerprune.prune.cut import format_cut, prune_checkpoint
+    from layerprune.steps import prune_folder
 
     folder = None if dry_run else prune_folder(out, **options)
     result = prune_checkpoint(out=folder, dry_run=dry_run, progress=True, **options)
@@ -180,7 +180,7 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 def heal(heal_data: str | None, out: str | None, as_json: bool, **options: Any) -> None:
     """Train a cut checkpoint back (QLoRA on the MLPs) and merge the adapter into it."""
     from layerprune.heal.train import format_healing, heal_checkpoint
-    from layerprune.pipeline import default_folder
+    from layerprune.steps import default_folder
 
     folder = default_folder(out, options["model"], "healed")
     result = heal_checkpoint(out=folder, data=heal_data, progress=True, **options)
@@ -195,7 +195,7 @@ def heal(heal_data: str | None, out: str | None, as_json: bool, **options: Any) 
 def evaluate(tasks: str | None, eval_data: str | None, no_loss: bool, out: str | None, as_json: bool, **options: Any) -> None:
     """Score a checkpoint on lm-eval tasks, and measure its normalised loss; writes eval.json."""
     from layerprune.eval.evaluate import evaluate_checkpoint, format_table
-    from layerprune.pipeline import default_folder
+    from layerprune.steps import default_folder
 
     folder = default_folder(out, options["model"], "eval")
     result = evaluate_checkpoint(

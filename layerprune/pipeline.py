@@ -4,187 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from layerprune.model.cuts import Block, drop_count, last_block
-from layerprune.model.data import check_data, data_fingerprint
-from layerprune.model.errors import Refused, UsageError, model_errors
-from layerprune.model.files import free_bytes, must_not_exist, new_folder, no_room, read_json, write_json
-from layerprune.model.fingerprint import checkpoint_fingerprint, folder_fingerprint, tokenizer_fingerprint
-from layerprune.model.recipes import EvalSettings, HealSettings, Recipe
-from layerprune.model.source import (
-    ModelSource,
-    find_model,
-    layer_count,
-    load_config,
-    one_line,
-    pick_device,
-    pick_dtype,
-    pick_length,
-)
+from layerprune.model.config import layer_count, load_config
+from layerprune.model.cuts import Block, last_block
+from layerprune.model.errors import UsageError, model_errors, one_line
+from layerprune.model.files import read_json
 from layerprune.model.tensors import read_checkpoint
 from layerprune.runfolder import RunFolder, open_run
+from layerprune.runplan import Plan, plan_run, run_cost
 
 Say = Callable[[str], None]
-DEFAULT_CURVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 
 def _stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run, resolved: what the user gave, else the recipe's settings, else the defaults."""
-
-    source: ModelSource
-    layers: int
-    n: int
-    drop: float
-    strategy: str
-    rank: dict[str, Any]
-    evaluation: EvalSettings
-    tasks: dict[str, int | None]
-    task_folder: str | None
-    heal: HealSettings | None
-    heal_options: dict[str, Any]
-    curve: tuple[int, ...]
-    seed: int
-    dtype: str
-    device: str
-    asked_device: str | None
-    """As the user gave it: one left open spreads a model over several GPUs."""
-    trust_remote_code: bool
-
-    def inputs(self) -> dict[str, Any]:
-        """What decides the results: the manifest's identity of the run. Files count by content, wherever they lie."""
-        heal = None
-        if self.heal is not None:
-            heal = {**asdict(self.heal), "data": data_fingerprint(self.heal.data), **self.heal_options}
-            heal["targets"] = list(self.heal.targets)
-        return {
-            "checkpoint": checkpoint_fingerprint(self.source.folder),
-            "tokenizer": tokenizer_fingerprint(self.source.folder),
-            "drop": self.drop,
-            "strategy": self.strategy,
-            "rank": {**self.rank, "data": data_fingerprint(self.rank["data"])},
-            "heal": heal,
-            "loss": {
-                "data": data_fingerprint(self.evaluation.data),
-                "samples": self.evaluation.samples,
-                "length": self.evaluation.length,
-            },
-            "tasks": self.tasks,
-            "task_folder": None if self.task_folder is None else folder_fingerprint(Path(self.task_folder)),
-            "limit": self.evaluation.limit,
-            "curve": list(self.curve),
-            "seed": self.seed,
-            "dtype": self.dtype,
-            "device": self.device,
-        }
-
-    def given(self) -> dict[str, Any]:
-        """Where the inputs were found, for people who read the manifest."""
-        return {
-            "model": self.source.name,
-            "revision": self.source.revision,
-            "calibration": self.rank["data"],
-            "heal_data": self.heal.data if self.heal else None,
-            "eval_data": self.evaluation.data,
-            "task_folder": self.task_folder,
-        }
-
-
-def plan_run(
-    model: str | Path,
-    drop: float,
-    *,
-    strategy: str = "angular",
-    tasks: Sequence[str] | Mapping[str, int | None] | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    task_folder: str | Path | None = None,
-    calibration: str | None = None,
-    heal_data: str | None = None,
-    eval_data: str | None = None,
-    heal_steps: int | None = None,
-    heal: bool = True,
-    curve: Sequence[float] | None = None,
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    dtype: str = "auto",
-    device: str | None = None,
-    trust_remote_code: bool = False,
-) -> Plan:
-    """Resolve and check a run's settings; nothing is loaded. Raises UsageError and Refused."""
-    from layerprune.eval.evaluate import parse_tasks
-    from layerprune.prune.cut import STRATEGIES
-    from layerprune.prune.rank import rank_settings
-
-    if strategy not in STRATEGIES:
-        raise UsageError(f"--strategy {strategy} is none of {', '.join(STRATEGIES)}")
-    for option, number in (("--samples", samples), ("--limit", limit), ("--heal-steps", heal_steps)):
-        if number is not None and number < 1:
-            raise UsageError(f"{option} {number} is not a number above 0")
-    for fraction in curve or ():
-        if not 0 < fraction < 1:
-            raise UsageError(f"--curve {fraction:g} is not a fraction between 0 and 1, such as 0.4")
-    pick_dtype(dtype, pick_device(device))
-    source = find_model(str(model))
-    config = load_config(source.folder, trust_remote_code)
-    layers = layer_count(config)
-    n = drop_count(drop, layers)
-    if strategy == "last":
-        last_block(n, layers)
-    recipe = source.recipe
-    base = recipe.eval if recipe else EvalSettings()
-    evaluation = EvalSettings(
-        data=eval_data or (recipe.data_path(base.data) if recipe else base.data),
-        samples=samples or base.samples,
-        length=base.length if length is None else length,
-        limit=limit or base.limit,
-    )
-    ranking = rank_settings(source, calibration, samples, length)
-    pick_length(ranking["length"], config)
-    pick_length(evaluation.length, config)
-    healing = None
-    if heal:
-        healing = recipe.heal if recipe else HealSettings()
-        own = recipe.data_path(healing.data) if recipe else healing.data
-        healing = replace(healing, data=heal_data or own)
-        check_data(healing.data, "--heal-data", "train", seed)
-    check_data(ranking["data"], "--calibration", "validation", seed)
-    check_data(evaluation.data, "--eval-data", "validation", seed)
-    folder = task_folder if task_folder is not None else recipe.tasks_path if recipe else None
-    if folder is not None and not Path(folder).is_dir():
-        raise UsageError(f"the task folder {folder} does not exist")
-    if healing is not None:
-        from layerprune.heal.train import check_device
-
-        check_device(pick_device(device))
-    fractions = curve if curve is not None else recipe.curve if recipe else DEFAULT_CURVE
-    return Plan(
-        source=source,
-        layers=layers,
-        n=n,
-        drop=drop,
-        strategy=strategy,
-        rank=ranking,
-        evaluation=evaluation,
-        tasks=parse_tasks(tasks, num_fewshot, recipe),
-        task_folder=None if folder is None else str(folder),
-        heal=healing,
-        heal_options={"steps": heal_steps, "length": length},
-        curve=tuple(sorted({drop_count(f, layers) for f in fractions if 0.5 <= round(f * layers, 9) < layers - 0.5} | {n})),
-        seed=seed,
-        dtype=dtype,
-        device=pick_device(device),
-        asked_device=device,
-        trust_remote_code=trust_remote_code,
-    )
 
 
 def run(
@@ -257,7 +92,7 @@ class _Run:
             f"{plan.source.name}: {plan.layers} layers; --drop {plan.drop:g} drops {plan.n} and keeps "
             f"{plan.layers - plan.n} ({plan.strategy}, block {where})"
         )
-        self.say(f"run folder {self.path}, device {plan.device}, {_cost(plan, self.path)}")
+        self.say(f"run folder {self.path}, device {plan.device}, {run_cost(plan, self.path)}")
 
     def rank(self) -> dict[str, Any]:
         if not (self.path / "rank.json").exists():
@@ -334,7 +169,7 @@ class _Run:
         )
 
     def load(self, folder: Path) -> tuple[Any, Any]:
-        from layerprune.model.source import load_model, load_tokenizer
+        from layerprune.model.load import load_model, load_tokenizer
 
         plan = self.plan
         live = load_model(
@@ -350,7 +185,7 @@ class _Run:
         """The tasks, those of them that a virtually cut model can answer, and the loss sequences; loaded once."""
         from layerprune.eval.evaluate import loss_sequences
         from layerprune.eval.tasks import load_tasks
-        from layerprune.model.source import load_tokenizer
+        from layerprune.model.load import load_tokenizer
 
         if self._ready is None:
             plan, chosen = self.plan, self.plan.evaluation
@@ -502,94 +337,3 @@ def _row(plan: Plan, n: int, kept: Sequence[int], healed: bool, measured: Mappin
         "loss": measured["loss"]["normalised"],
         "tasks": _scores(measured),
     }
-
-
-def _cost(plan: Plan, out: Path) -> str:
-    """Disk and time of a run, estimated; refuses a disk that cannot hold it."""
-    from layerprune.model.estimate import DEVICES, estimate, shape_of_checkpoint
-
-    try:
-        shape, width = shape_of_checkpoint(plan.source.folder)
-    except Refused as refusal:
-        kept = 1 - plan.n / plan.layers
-        need = sum(t.nbytes for t in read_checkpoint(plan.source.folder).values()) * kept * (1 if plan.heal is None else 2)
-        _must_have_room(out, need)
-        return f"estimate: up to {_bytes(need)} of disk; its time cannot be estimated ({refusal})"
-    base = plan.source.recipe
-    heal = replace(plan.heal, steps=plan.heal_options["steps"] or plan.heal.steps) if plan.heal else HealSettings(steps=1)
-    imagined = Recipe(
-        name=plan.source.label,
-        model=plan.source.name,
-        origin=base.origin if base else "ours",
-        shape=shape,
-        rank=replace(base.rank, **plan.rank) if base else replace(Recipe.rank, **plan.rank),
-        heal=replace(heal, length=plan.heal_options["length"] or heal.length),
-        eval=replace(plan.evaluation, tasks={t: s or 0 for t, s in plan.tasks.items()}),
-    )
-    kind = DEVICES["cpu" if plan.device == "cpu" else "h100"]
-    found = estimate(imagined, plan.n / plan.layers, kind, width)
-    names = ["pruned"] if plan.heal is None else ["pruned", "healed", "work"]
-    need = sum(found.disk[name] for name in names)
-    _must_have_room(out, need)
-    hours = sum(s.hours * (1 if s.name in ("rank", "heal") else 2 + len(plan.curve)) for s in found.steps)
-    hours -= 0 if plan.heal else next(s.hours for s in found.steps if s.name == "heal")
-    unknown = f" (without the tasks {', '.join(found.unknown_tasks)})" if found.unknown_tasks else ""
-    return f"estimate: {_bytes(need)} of disk, {_time(hours)} on one {kind.name}{unknown}"
-
-
-def _must_have_room(out: Path, need: float) -> None:
-    room = free_bytes(out)
-    done = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
-    if need > room + done:
-        raise no_room(out, need, room)
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def _time(hours: float) -> str:
-    if hours >= 1:
-        return f"{hours:.1f} hours"
-    return f"{hours * 60:.0f} minutes" if hours * 60 >= 1.5 else f"{hours * 3600:.0f} seconds"
-
-
-def rank(model: str | Path, out: str | Path | None = None, **settings: Any) -> dict[str, Any]:
-    """`rank_blocks`, written to a new folder as rank.json and figures/; returns the ranking with `folder`."""
-    from layerprune.plots import plot_distances
-    from layerprune.prune.rank import rank_blocks
-
-    label, folder = _label(model), default_folder(out, model, "rank")
-    ranking = rank_blocks(model, **settings)
-    with new_folder(folder) as made:
-        write_json(made / "rank.json", ranking)
-        plot_distances(ranking, made / "figures", label)
-    return {**ranking, "folder": str(folder)}
-
-
-def format_rank(ranking: Mapping[str, Any]) -> str:
-    """The best block of some sizes as a table, and where the ranking is."""
-    layers = ranking["layers"]
-    lines = [f"{layers} layers, {ranking['settings']['documents']} documents", "", "  n  fraction    block  distance"]
-    for n in sorted({max(1, round(layers * step / 20)) for step in range(1, 20)} - {layers}):
-        start = ranking["best"][str(n)]
-        block = f"{start}:{start + n}"
-        lines.append(f"{n:>3}  {n / layers:>8.3f}  {block:>7}  {ranking['distance'][n - 1][start]:>8.4f}")
-    return "\n".join([*lines, "", f"{ranking['folder']}: rank.json, figures/"])
-
-
-def default_folder(out: str | Path | None, model: str | Path, what: str) -> Path:
-    """The folder of a step's result: the one asked for, else runs/<model>-<what>; it must not exist."""
-    folder = Path(out) if out is not None else Path("runs") / f"{_label(model)}-{what}"
-    must_not_exist(folder)
-    return folder
-
-
-def prune_folder(out: str | None, model: str, drop: float | None, layers: str | None, strategy: str, **rest: Any) -> Path:
-    """Where `prune` writes when it is not told."""
-    chosen = f"{strategy}-{drop:g}" if drop is not None else f"layers-{str(layers).replace(':', '-')}"
-    return default_folder(out, model, f"{chosen}-pruned")
-
-
-def _label(model: str | Path) -> str:
-    return ModelSource(str(model), Path(), None, None, None).label

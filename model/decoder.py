@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerprune.model.config import layer_count
 from layerprune.model.cuts import Kept, check_kept
 from layerprune.model.errors import Refused
-from layerprune.model.source import layer_count
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from layerprune.model.config import text_config
 from layerprune.model.cuts import Kept
 from layerprune.model.errors import Refused
-from layerprune.model.source import text_config
 from layerprune.model.surgery import is_per_layer
 
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from layerprune.model.errors import Refused
-from layerprune.model.source import one_line
+from layerprune.model.errors import Refused, one_line
 
 Row = TypeVar("Row")
 

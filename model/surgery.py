@@ -13,10 +13,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from layerprune.model.config import layer_count, text_config
 from layerprune.model.cuts import Kept
 from layerprune.model.errors import Refused
 from layerprune.model.plan import in_other_part, split_name
-from layerprune.model.source import layer_count, text_config
 
 # Lists of layer indices: these names, and any list of indices that is called so.
 _INDEX_LISTS = {"mlp_only_layers", "moe_layers", "cross_attention_layers", "attn_layer_indices", "rope_scaling_layers"}

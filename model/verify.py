@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from layerprune.model.config import auto_class, load_config
 from layerprune.model.cuts import Kept, describe_dropped
 from layerprune.model.decoder import Decoder, forward_logits, view_decoder, virtual_cut
-from layerprune.model.errors import Refused, model_errors
+from layerprune.model.errors import Refused, model_errors, one_line
 from layerprune.model.likeness import prove_config
+from layerprune.model.load import check_keys, load_model, quiet_transformers
 from layerprune.model.memory import available_memory
-from layerprune.model.source import auto_class, check_keys, load_config, load_model, one_line, quiet_transformers
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
 _CHUNK = 8 << 20

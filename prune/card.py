@@ -19,7 +19,7 @@ def serving_note(old: dict[str, Any], new: dict[str, Any], config: Any) -> str:
     Some servers (llama.cpp, parts of vLLM) know a family's pattern of layer types as a period and do not read the
     list in the config. They are right only if the cut's list is what the family's default makes of the new depth.
     """
-    from layerprune.model.source import text_config
+    from layerprune.model.config import text_config
     from layerprune.model.surgery import text_part
 
     before, inner = text_part(old, config), text_part(new, config)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerprune.model.config import layer_count, load_config
 from layerprune.model.cuts import Block, Kept, describe_dropped, drop_count, last_block, parse_layers
 from layerprune.model.errors import UsageError
 from layerprune.model.files import free_bytes, must_not_exist, new_folder, no_room, read_json, write_json, write_text
 from layerprune.model.plan import CutPlan, plan_cut
-from layerprune.model.source import ModelSource, find_model, layer_count, load_config
+from layerprune.model.source import ModelSource, find_model
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 from layerprune.prune.card import model_card, serving_note
 

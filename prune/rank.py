@@ -153,10 +153,12 @@ def rank_blocks(
     state of the last token by nothing); `best` {n: start}; `model` and `checkpoint`, what was ranked; `settings`.
     Raises UsageError or Refused (model, data, device, activations that are not finite).
     """
+    from layerprune.model.config import load_config, pick_length
     from layerprune.model.data import check_data
     from layerprune.model.decoder import view_decoder
     from layerprune.model.files import made_folder
-    from layerprune.model.source import find_model, load_config, load_model, load_tokenizer, pick_device, pick_dtype, pick_length
+    from layerprune.model.load import load_model, load_tokenizer, pick_device, pick_dtype
+    from layerprune.model.source import find_model
 
     if out is not None:
         must_not_exist(Path(out))
@@ -189,10 +191,10 @@ def rank_live(
     decoder: Any, tokenizer: Any, settings: dict[str, Any], source: Any, *, seed: int = 0, progress: bool = False
 ) -> dict[str, Any]:
     """`rank_blocks` for a model that is loaded already from `source`; settings as `rank_settings` gives them."""
+    from layerprune.model.config import pick_length, vocab_size
     from layerprune.model.data import data_fingerprint, read_documents, tokenise
     from layerprune.model.fingerprint import checkpoint_fingerprint
     from layerprune.model.progress import progress_bar
-    from layerprune.model.source import pick_length, vocab_size
 
     config = decoder.model.config
     length = pick_length(settings["length"], config)

@@ -284,7 +284,7 @@ def _common_of(kind: Any, own: dict[str, Any]) -> dict[str, Any]:
 
 def build(name: str, folder: Path) -> Path:
     """Write the tiny checkpoint of FAMILIES[name] into `folder`; the same name gives the same bytes."""
-    from layerprune.model.source import auto_class
+    from layerprune.model.config import auto_class
 
     family = FAMILIES[name]
     config = make_config(family)
@@ -354,10 +354,10 @@ def try_block(source: Path, block: str, out: Path) -> str | None:
     Returns the reason when the cut is refused; then nothing may lie at `out`. An AssertionError is a cut that is
     wrong, or a refusal that left something.
     """
+    from layerprune.model.config import auto_class, load_config
     from layerprune.model.cuts import parse_layers
     from layerprune.model.decoder import forward_logits, view_decoder, virtual_cut
     from layerprune.model.errors import Refused
-    from layerprune.model.source import auto_class, load_config
     from layerprune.prune.cut import prune_checkpoint
 
     try:

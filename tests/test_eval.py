@@ -18,9 +18,9 @@ from layerprune.eval.speed import generation_speed
 from layerprune.model.data import batches
 from layerprune.model.decoder import view_decoder, virtual_cut
 from layerprune.model.errors import Refused, UsageError
+from layerprune.model.load import load_model, load_tokenizer
 from layerprune.model.loss import total_loss
 from layerprune.model.recipes import load_recipe
-from layerprune.model.source import load_model, load_tokenizer
 from layerprune.prune.cut import prune_checkpoint
 
 torch.set_num_threads(1)

@@ -22,7 +22,7 @@ from layerprune.eval.evaluate import evaluate_checkpoint, format_table
 from layerprune.eval.tasks import TaskSet, load_tasks, run_harness, score_tasks
 from layerprune.model.decoder import view_decoder, virtual_cut
 from layerprune.model.errors import Refused, UsageError
-from layerprune.model.source import load_model, load_tokenizer
+from layerprune.model.load import load_model, load_tokenizer
 from layerprune.prune.cut import prune_checkpoint
 
 torch.set_num_threads(1)

@@ -41,7 +41,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     made: dict[str, Path] = {}
 
     def source(name: str) -> Path:
-        from layerprune.model.source import load_model
+        from layerprune.model.load import load_model
 
         if name not in made:
             folder = families.build(name, tmp_path_factory.mktemp("family") / "source")

@@ -23,10 +23,11 @@ from layerprune.heal.packing import pack
 from layerprune.heal.settings import heal_settings
 from layerprune.heal.targets import choose_targets, target_pattern
 from layerprune.heal.train import format_healing, heal_checkpoint
+from layerprune.model.config import load_config
 from layerprune.model.decoder import view_decoder
 from layerprune.model.errors import Refused, UsageError
+from layerprune.model.load import load_model
 from layerprune.model.recipes import load_recipe
-from layerprune.model.source import load_config, load_model
 from layerprune.model.tensors import read_checkpoint
 
 torch.set_num_threads(1)

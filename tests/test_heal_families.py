@@ -20,8 +20,9 @@ import pytest
 import torch
 
 from layerprune.heal.train import heal_checkpoint
+from layerprune.model.config import auto_class
 from layerprune.model.errors import LayerpruneError
-from layerprune.model.source import auto_class, load_model
+from layerprune.model.load import load_model
 
 torch.set_num_threads(1)
 
