@@ -93,8 +93,12 @@ _verify = click.option(
 )  # fmt: skip
 
 
+def _home(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    return None if value is None else os.path.expanduser(value)
+
+
 def _out(what: str) -> Command:
-    return click.option("--out", metavar="DIR", help=f"New folder for the result  [{what}].")
+    return click.option("--out", metavar="DIR", callback=_home, help=f"New folder for the result  [{what}].")
 
 
 def _split(text: str | None) -> list[str] | None:

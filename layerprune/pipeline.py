@@ -9,7 +9,7 @@ from typing import Any
 
 from layerprune.model.config import layer_count, load_config
 from layerprune.model.cuts import Block, last_block
-from layerprune.model.errors import UsageError, model_errors, one_line
+from layerprune.model.errors import Refused, UsageError, model_errors, one_line
 from layerprune.model.files import read_json
 from layerprune.model.tensors import read_checkpoint
 from layerprune.runfolder import RunFolder, open_run
@@ -46,6 +46,9 @@ def run(
     folder = Path(out) if out is not None else Path("runs") / f"{plan.source.label}-{plan.strategy}-{drop:g}"
     with open_run(folder, plan.inputs(), plan.given()) as opened:
         if opened.finished:
+            for name in ("pruned", *(("healed", "adapter") if plan.heal is not None else ())):
+                if not (folder / name).exists():
+                    raise Refused(f"{folder} holds this run, finished, but its {name}/ is gone: choose another --out")
             say(f"{folder} holds this run, finished")
         else:
             _Run(plan, opened, say, progress, verify, batch_size).all()

@@ -8,6 +8,8 @@ from typing import Any
 from layerprune.model.errors import Refused, UsageError, model_errors, one_line
 from layerprune.model.files import read_json
 
+_MOST_LAYERS = 100_000
+
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """The checkpoint's config object; refuses remote code unless trusted, and models that are no causal decoder."""
@@ -17,6 +19,10 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(kind, str):
         raise Refused(f"{folder / 'config.json'} has no model_type: not a Hugging Face model config")
+    for part in (raw, raw.get("text_config")):
+        for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+            if isinstance(part, dict) and isinstance(part.get(key), int) and part[key] > _MOST_LAYERS:
+                raise Refused(f"{folder / 'config.json'} says {key} {part[key]:,}: no model has that many layers")
     if kind not in CONFIG_MAPPING:
         if "auto_map" not in raw:
             raise Refused(f"model type {kind!r} is unknown to this transformers; a newer release may know it")
@@ -37,6 +43,8 @@ def _must_decode(raw: dict[str, Any], config: Any) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = raw["model_type"]
+    if kind == "xlnet":
+        raise Refused("xlnet predicts words in any order, from both sides: not a causal decoder")
     if getattr(config, "is_encoder_decoder", False):
         raise Refused(f"{kind} is an encoder-decoder: layerprune cuts decoder-only language models")
     names = raw.get("architectures") or []

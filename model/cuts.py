@@ -51,7 +51,7 @@ def drop_count(drop: float, layers: int) -> int:
 
 def parse_layers(text: str, layers: int) -> Block:
     """`8:16` as Block(8, 8): 0-based, half-open. Raises UsageError for anything else."""
-    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+)\s*:\s*([0-9]+)\s*", text)
     if match is None:
         raise UsageError(f"--layers {text} is not A:B with two whole numbers (0-based, B not included), such as 8:16")
     start, stop = int(match[1]), int(match[2])

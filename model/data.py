@@ -165,10 +165,10 @@ def _c4_shard(split: str, shard: int) -> Path:
 
 def _open(path: Path) -> IO[str]:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
+        return gzip.open(path, "rt", encoding="utf-8-sig")  # with or without a byte-order mark
     if path.suffix in (".zst", ".zstd"):
-        return io.TextIOWrapper(io.BufferedReader(_ZstdFile(path)), encoding="utf-8")
-    return open(path, encoding="utf-8")
+        return io.TextIOWrapper(io.BufferedReader(_ZstdFile(path)), encoding="utf-8-sig")
+    return open(path, encoding="utf-8-sig")
 
 
 class _ZstdFile(io.RawIOBase):

@@ -8,6 +8,7 @@ index) and accelerate's device hooks stay as they are. Every change is undone in
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -144,6 +145,9 @@ def forward_logits(
     """The model's own logits (batch, tokens, vocabulary), without a KV cache."""
     device = decoder.device
     mask = None if mask_BT is None else mask_BT.to(device)
+    if mask is not None and not mask[:, 0].all() and "position_ids" in inspect.signature(decoder.model.forward).parameters:
+        # padded on the left: positions count from the first real token, as in a document alone
+        kwargs.setdefault("position_ids", (mask.cumsum(dim=1) - 1).clamp(min=0))
     return decoder.model(input_ids=ids_BT.to(device), attention_mask=mask, use_cache=False, **kwargs).logits
 
 

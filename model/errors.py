@@ -22,9 +22,11 @@ class Refused(LayerpruneError):
 def model_errors() -> tuple[type[Exception], ...]:
     """What transformers and model code raise when a config asks for something that they were not written for."""
     import huggingface_hub.errors as hub
+    from safetensors import SafetensorError
 
     strict = getattr(hub, "StrictDataclassError", ValueError)  # older clients do not check configs
-    return (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ImportError, OSError, strict)
+    plain = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, ImportError, OSError)
+    return (*plain, SafetensorError, strict)
 
 
 def network_errors() -> tuple[type[Exception], ...]:

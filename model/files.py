@@ -48,8 +48,8 @@ def must_not_exist(out: Path) -> None:
     """Refuse an output path that holds something already, or one that cannot be made."""
     try:
         taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    except OSError as error:  # a name that is too long, a folder that is closed
-        raise UsageError(f"--out {out} cannot be looked up: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that is closed
+        raise UsageError(f"--out {out} cannot be looked up: {getattr(error, 'strerror', None) or error}") from None
     if taken:
         raise UsageError(f"{out} exists already and is left as it is: choose another --out or remove it first")
     above = _nearest_existing(out)

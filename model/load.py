@@ -80,7 +80,8 @@ def load_model(
             dtype=pick_dtype(dtype, chosen),
             device_map="auto" if spread else {"": chosen},
             trust_remote_code=trust_remote_code,
-            quantization_config=quantization_config,
+            # None would mean to ignore that the checkpoint is quantised already
+            **({} if quantization_config is None else {"quantization_config": quantization_config}),
             ignore_mismatched_sizes=True,  # they are listed then, and refused by name below
             output_loading_info=True,
         )

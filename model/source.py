@@ -42,6 +42,8 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
     A Hub id is taken from the local cache when it is there, else downloaded (safetensors, config, tokenizer).
     Raises UsageError for a name that is nothing of the three, Refused where the Hub cannot give it.
     """
+    if not name.strip():
+        raise UsageError("--model is empty: give a recipe name, a Hub id or a local folder")
     recipe = load_recipe(name) if name in recipe_names() else None
     if recipe is not None:
         if recipe.local_folder is not None:
@@ -55,6 +57,7 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
     if there:
         if not (folder / "config.json").exists():
             raise Refused(f"{name} is a folder without config.json: not a Hugging Face checkpoint")
+        _refuse_adapter(folder)
         return ModelSource(name, folder.absolute(), None, None, recipe_of_checkpoint(folder))
     if is_file:
         raise UsageError(f"--model {name} is a file: give the folder that holds config.json")
@@ -78,8 +81,18 @@ def recipe_of_checkpoint(folder: Path) -> Recipe | None:
     return load_recipe(name) if name in recipe_names() else None
 
 
+def _refuse_adapter(folder: Path) -> None:
+    """Transformers would load the adapter with the model, and a cut would be of the model alone."""
+    if (folder / "adapter_config.json").exists():
+        raise Refused(
+            f"{folder} holds a LoRA adapter beside the model (adapter_config.json): merge it into the weights first, or "
+            "move it away"
+        )
+
+
 def _from_hub(name: str, hub_id: str, revision: str | None, recipe: Recipe | None) -> ModelSource:
     folder = _fetch(hub_id, revision)
+    _refuse_adapter(folder)
     commit = folder.name if folder.parent.name == "snapshots" else revision
     return ModelSource(name, folder, hub_id, commit, recipe)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from layerprune.model.config import layer_count, text_config
@@ -46,12 +46,15 @@ def text_part(raw: dict[str, Any], config: Any) -> dict[str, Any]:
     raise Refused("the config keeps its text part under an unknown name: its per-layer entries cannot be cut")
 
 
-def cut_config(raw: dict[str, Any], config: Any, kept: Kept, extra: int = 0) -> dict[str, Any]:
+def cut_config(
+    raw: dict[str, Any], config: Any, kept: Kept, extra: int = 0, renamed: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """A copy of config.json that describes the model with the layers `kept` only.
 
     raw: the parsed config.json; config: the object that transformers makes of it (its derived lists, such as
     `layer_types` from a period, are written out, so that the period no longer matters). extra: layers for multi-token
-    prediction that the cut leaves out (CutPlan.extra). Raises Refused for what a cut cannot keep.
+    prediction that the cut leaves out (CutPlan.extra). renamed: stored names before and after, against which patterns for
+    names are held. Raises Refused for what a cut cannot keep.
     """
     layers = layer_count(config)
     result = copy.deepcopy(raw)
@@ -85,7 +88,7 @@ def cut_config(raw: dict[str, Any], config: Any, kept: Kept, extra: int = 0) -> 
     _refit_periods(inner, derived, layers, kept)
     for place in {id(result): result, id(inner): inner}.values():
         if isinstance(place.get("quantization_config"), dict):
-            place["quantization_config"] = _cut_names(place["quantization_config"], layers, kept)
+            place["quantization_config"] = _cut_names(place["quantization_config"], kept, renamed or {})
     return result
 
 
@@ -128,7 +131,8 @@ def _refuse_arithmetic(derived: dict[str, Any], config: Any, kept: Kept) -> None
             f"layer {gone[0] - 1} has an embedding of its own in a common table (ple_layer_ids): cutting it would shift the "
             "others' places; choose a block without such layers"
         )
-    kinds = derived.get("layer_types") or derived.get("layers_block_type") or []
+    inner_config = text_config(config)
+    kinds: list[str] = getattr(inner_config, "layer_types", None) or getattr(inner_config, "layers_block_type", None) or []
     attending = [i for i, kind in enumerate(kinds) if str(kind).endswith(("attention", "hybrid")) and "linear" not in str(kind)]
     if attending and not set(attending) & set(kept):
         raise Refused(
@@ -232,25 +236,36 @@ def _candidates(count: int, wanted: list[bool]) -> Iterator[list[int]]:
         yield [step, places[0]] if count == 2 else [step, places[0], places[-1]]
 
 
-def _cut_names(value: Any, layers: int, kept: Kept, where: str = "quantization_config") -> Any:
+def _cut_names(value: Any, kept: Kept, renamed: Mapping[str, str], where: str = "quantization_config") -> Any:
     """Renumber module names such as `model.layers.7.mlp` inside a quantisation config; names of cut layers go."""
     if isinstance(value, dict):
-        named = {key: _cut_name(str(key), layers, kept, where) for key in value}
-        return {named[k]: _cut_names(v, layers, kept, f"{where}.{k}") for k, v in value.items() if named[k] is not None}
+        named = {key: _cut_name(str(key), kept, renamed, where) for key in value}
+        return {named[k]: _cut_names(v, kept, renamed, f"{where}.{k}") for k, v in value.items() if named[k] is not None}
     if isinstance(value, list):
-        return [n for n in (_cut_names(item, layers, kept, where) for item in value) if n is not None]
-    return _cut_name(value, layers, kept, where) if isinstance(value, str) else value
+        return [n for n in (_cut_names(item, kept, renamed, where) for item in value) if n is not None]
+    return _cut_name(value, kept, renamed, where) if isinstance(value, str) else value
 
 
-_NUMBER = re.compile(r"((layers?|blocks?|\bh)\\?\.|\\\.)[(\[?:]*\d")  # a layer's number in a pattern for names
-
-
-def _cut_name(name: str, layers: int, kept: Kept, where: str) -> str | None:
-    parts = split_name(f"{name}.") or split_name(name)
+def _cut_name(name: str, kept: Kept, renamed: Mapping[str, str], where: str) -> str | None:
     if re.fullmatch(r"[\w.*-]+", name):
+        parts = split_name(f"{name.rstrip('.')}.x")  # a name may end with the number: `model.layers.7`
         if parts is None or in_other_part(parts[0]) or not parts[0].endswith(("layers.", "h.", "blocks.", "layer.")):
             return name
-        return f"{parts[0]}{kept.index(parts[1])}.{parts[2]}".rstrip(".") if parts[1] in kept else None
-    elif not _NUMBER.search(name):
+        rest = parts[2].removesuffix("x").rstrip(".")
+        return f"{parts[0]}{kept.index(parts[1])}{'.' if rest else ''}{rest}" if parts[1] in kept else None
+    if _picks_alike(name.removeprefix("re:"), renamed):
         return name
     raise Refused(f"{where} names layers in a way that cannot be renumbered: {name!r}")
+
+
+def _picks_alike(pattern: str, renamed: Mapping[str, str]) -> bool:
+    """Whether a pattern matches each module and tensor that stays by its new name just as by its old one."""
+    try:
+        found = re.compile(pattern)
+    except re.error:  # no pattern: a plain text with odd letters
+        return not re.search(r"\d", pattern)
+    for old, new in renamed.items():
+        for before, after in ((old, new), (old.rpartition(".")[0], new.rpartition(".")[0])):
+            if any(bool(test(before)) != bool(test(after)) for test in (found.match, found.search)):
+                return False
+    return True

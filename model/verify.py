@@ -20,6 +20,10 @@ from layerprune.model.tensors import StoredTensor, read_checkpoint
 _CHUNK = 8 << 20
 
 
+class NotComputable(Refused):
+    """The source itself does not run here, so nothing can be compared with it."""
+
+
 def meta_decoder(folder: Path, trust_remote_code: bool = False) -> Decoder:
     """Load a checkpoint's keys, not its weights: transformers' own loader on the meta device.
 
@@ -147,7 +151,11 @@ def prove_logits(
 def _source_logits(source: Path, kept: Kept, ids_BT: Any, dtype: str, trust_remote_code: bool, progress: bool) -> Any:
     import torch
 
-    decoder = view_decoder(load_model(source, device="cpu", dtype=dtype, trust_remote_code=trust_remote_code, progress=progress))
+    try:
+        live = load_model(source, device="cpu", dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+    except Refused as refusal:
+        raise NotComputable(str(refusal)) from refusal
+    decoder = view_decoder(live)
     try:
         with torch.no_grad(), virtual_cut(decoder, kept):
             return forward_logits(decoder, ids_BT % _vocabulary(decoder))

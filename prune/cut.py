@@ -144,6 +144,8 @@ def prune_checkpoint(
     else:
         assert out is not None
         verified = write_cut(cut, Path(out), record, verify, trust_remote_code, progress)
+        if verify is None and verified["logits"].startswith("skipped"):
+            say(f"warning: the logits of the cut are not proven: {verified['logits']}")
     return {
         **record,
         "verified": verified,
@@ -164,7 +166,7 @@ def plan_block(
     raw = read_json(source.folder / "config.json")
     stored = read_checkpoint(source.folder)
     plan = plan_cut(stored, count, kept)
-    new = cut_config(raw, config, kept, plan.extra)
+    new = cut_config(raw, config, kept, plan.extra, plan.renamed)
     return Cut(source, stored, count, block, kept, plan, new, strategy, distances, serving_note(raw, new, config))
 
 
@@ -240,7 +242,7 @@ def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
 
 
 def _prove_logits(cut: Cut, folder: Path, verify: bool | None, trust_remote_code: bool, progress: bool) -> str:
-    from layerprune.model.verify import logits_check_dtype, prove_logits
+    from layerprune.model.verify import NotComputable, logits_check_dtype, prove_logits
 
     if verify is False:
         return "skipped (asked for)"
@@ -249,7 +251,12 @@ def _prove_logits(cut: Cut, folder: Path, verify: bool | None, trust_remote_code
         if not verify:
             return "skipped (the model does not fit in the free memory; --verify forces it)"
         dtype = "bfloat16"
-    prove_logits(cut.source.folder, folder, cut.kept, dtype, trust_remote_code, progress)
+    try:
+        prove_logits(cut.source.folder, folder, cut.kept, dtype, trust_remote_code, progress)
+    except NotComputable as refusal:
+        if verify or not cut.config.get("quantization_config"):
+            raise
+        return f"skipped (the source is quantised and does not run here: {refusal})"
     return f"proven: bit for bit those of the virtually cut source ({dtype} on the CPU)"
 
 

@@ -73,6 +73,11 @@ def last_token_states(decoder: Any, batch: Any) -> Any:
     picked: list[Any] = []
 
     def see(layer: int, states_BTD: Any) -> None:
+        if states_BTD.shape[:2] != (rows, width):
+            raise Refused(
+                f"the states of this {type(decoder.model).__name__} are {tuple(states_BTD.shape)} for {rows} documents of "
+                f"{width} tokens: its layers are laid out in a way that is not supported"
+            )
         device = states_BTD.device
         picked.append(states_BTD[torch.arange(rows, device=device), last.to(device)])
 

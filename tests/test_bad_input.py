@@ -153,7 +153,9 @@ def test_a_model_that_is_nothing(command: str, world: World) -> None:
     ("text", "word"),
     [(None, "config.json"), ("{", "JSON"), ("[]", "model_type"), ("{}", "model_type"), ('{"model_type": "zorp"}', "zorp"),
      ('{"model_type": 7}', "model_type"), ('{"model_type": ["llama"]}', "model_type"), ("\udcff", "JSON"),
-     ("[" * 100_000, "JSON"), ('{"model_type": "llama", "hidden_size": "64"}', "hidden_size"),
+     ("[" * 100_000, "JSON"), ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "1,000,000,000"),
+     ('{"model_type": "llama", "num_attention_heads": 0}', "not a valid llama config"),
+     ('{"model_type": "llama", "hidden_size": "64"}', "hidden_size"),
      ('{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 3}', "not a valid llama config"),
      ('{"model_type": "qwen3", "num_hidden_layers": 5, "layer_types": ["full_attention"]}', "not a valid qwen3 config")],
 )  # fmt: skip
@@ -168,6 +170,7 @@ def test_a_folder_without_a_usable_config(command: str, text: str | None, word: 
 @pytest.mark.parametrize(
     ("kind", "architecture", "word"),
     [("bert", "BertForMaskedLM", "not a causal decoder"), ("vit", "ViTModel", "not a causal decoder"),
+     ("xlnet", "XLNetLMHeadModel", "not a causal decoder"),
      ("t5", "T5ForConditionalGeneration", "encoder-decoder"), ("roberta", "RobertaModel", "not a causal decoder")],
 )  # fmt: skip
 def test_models_that_are_no_decoders(command: str, kind: str, architecture: str, word: str, world: World) -> None:
@@ -217,6 +220,10 @@ BROKEN_WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
             b"\x3d" + b"\0" * 7 + b'{"model.a":{"dtype":"F32","shape":[1],"data_offsets":[0.0,4]}}'[:61] + b"\0" * 4
         ),
         "m",
+    ),
+    "a dtype that nobody has": (
+        lambda m: overwrite(m / "model.safetensors", (m / "model.safetensors").read_bytes().index(b'"F32"'), b'"F99"'),
+        "F99",
     ),
     "header length is absurd": (lambda m: overwrite(m / "model.safetensors", 0, b"\xff" * 8), "corrupt"),
     "a dtype that the bytes contradict": (
@@ -283,6 +290,13 @@ def test_a_tokenizer_that_cannot_be_read(command: str, text: str, world: World) 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_an_adapter_beside_the_model(command: str, world: World) -> None:
+    """Transformers would load it with the model, so that what is ranked is not what is cut."""
+    (world.model / "adapter_config.json").write_text("{}")
+    world.refused(world.arguments(command), 1, "adapter_config.json", "merge it", early=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_record_that_is_none(command: str, world: World) -> None:
     (world.model / "layerprune.json").write_text("[]")
     world.refused(world.arguments(command), 1, "layerprune.json", early=True)
@@ -337,7 +351,7 @@ def test_fractions_outside_what_the_layers_allow(command: str, drop: str, world:
     world.refused(world.arguments(command, drop=drop), 2, f"--drop {drop}", early=True)
 
 
-@pytest.mark.parametrize("layers", ["5:5", "9:3", "a:b", "0:5", "3:6", "3", "-1:2", "1.0:2", ""])
+@pytest.mark.parametrize("layers", ["１:２", "5:5", "9:3", "a:b", "0:5", "3:6", "3", "-1:2", "1.0:2", ""])
 def test_ranges_outside_what_the_layers_allow(layers: str, world: World) -> None:
     world.refused(world.arguments("prune", drop=None, strategy=None, layers=layers), 2, f"{layers}", early=True)
 
@@ -393,6 +407,7 @@ def test_seeds_that_a_generator_does_not_take(command: str, seed: int, world: Wo
 @pytest.mark.parametrize("command", COMMANDS)
 def test_names_that_no_file_can_have(command: str, world: World) -> None:
     world.refused(world.arguments(command, model="x" * 300), 2, "--model x", early=True)
+    world.refused(world.arguments(command, model=""), 2, "--model is empty", early=True)
     world.refused(world.arguments(command, model="~nobody-at-all/x"), 2, "--model ~nobody-at-all", early=True)
     world.refused(world.arguments(command, out="y" * 300), 2, "--out y", early=True)
 
@@ -588,8 +603,27 @@ def test_missing_parents_are_made_and_taken_away_when_nothing_came_of_it(command
     world.refused(world.arguments(command, out=world.root / "new" / "deep" / "out"), 1)
 
 
+def test_a_finished_run_whose_result_is_gone_does_not_say_that_it_is_there(world: World) -> None:
+    assert CliRunner().invoke(main, world.arguments("run")).exit_code == 0
+    shutil.rmtree(world.out / "pruned")
+    world.refused(world.arguments("run"), 1, "pruned/ is gone", early=True)
+
+
+def test_more_steps_than_a_disk_holds_tokens_of(world: World) -> None:
+    world.refused(world.arguments("heal", **{"heal-steps": 10**12}), 1, "the disk is full")
+
+
+def test_an_output_in_the_home_folder(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(world.root))
+    assert CliRunner().invoke(main, world.arguments("prune", out="~/out")).exit_code == 0
+    assert (world.out / "config.json").exists() and not (world.root / "~").exists()
+
+
 def test_a_run_of_other_inputs_is_not_touched(world: World) -> None:
     assert CliRunner().invoke(main, world.arguments("run")).exit_code == 0
+    edit_weights(world.model, lambda t: t["model.layers.2.mlp.up_proj.weight"][7].mul_(2.0))
+    world.refused(world.arguments("run"), 2, "checkpoint was", early=True)
+    edit_weights(world.model, lambda t: t["model.layers.2.mlp.up_proj.weight"][7].mul_(0.5))
     world.refused(world.arguments("run", seed=1), 2, "seed was 0, now 1", early=True)
     world.refused(world.arguments("run", drop=0.2), 2, "drop was 0.4, now 0.2", early=True)
     manifest = world.out / "manifest.json"

@@ -52,6 +52,14 @@ def test_text_has_a_blank_line_between_documents(packed: str, tmp_path: Path) ->
     assert read_documents(str(path), "validation", None) == ["The river\nruns.", "indented, \nand Übermut", "no line end"]
 
 
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_a_byte_order_mark_is_no_text(packed: str, tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbf" + as_lines(TEXTS)
+    path = tmp_path / ("d.txt" + packed)
+    path.write_bytes({"": content, ".gz": gzip.compress(content), ".zst": zstandard.compress(content)}[packed])
+    assert read_documents(str(path), "validation", None) == TEXTS
+
+
 def test_blank_lines_and_empty_texts_are_no_documents(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_bytes(b"\n" + as_lines(["a", "", " \n", "b"]) + b"\n\n")
