@@ -22,6 +22,10 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from layerprune.model.errors import LayerpruneError
 
+        # Beside another busy process, threads that spin for each other take the cores that they wait for: torch's OpenMP
+        # is told to spin for microseconds only, before it is loaded. Alone on a machine that costs nothing.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         try:
             return super().invoke(ctx)
         except LayerpruneError as error:
