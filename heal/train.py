@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
+import os
 import shutil
 import sys
 import time
@@ -75,8 +77,8 @@ def heal_checkpoint(
     peak learning rate 3e-4, LoRA rank 64 = alpha, dropout 0.05, 100 warm-up steps, cosine decay). data: `c4` or a
     file. batch_size: sequences a step; micro_batch: those in memory at once (a divisor of it; None: what fits).
     length: tokens of a packed sequence. targets: linear layers to train, by default all of the MLP's.
-    adapter: folder for the LoRA adapter in peft's format, by default `out`/adapter. work: folder for the state that
-    a killed run goes on from, by default the hidden sibling `.<name of out>.work`; it is removed at success.
+    adapter: folder for the LoRA adapter in peft's format, by default `out`/adapter; the record has its path from `out`.
+    work: folder for the state that a killed run goes on from, by default the hidden sibling `.<name of out>.work`; it is removed at success.
     report: gets the cost line and what follows, by default on stderr.
 
     The base is held in NF4 with double quantisation; the merge is into the checkpoint's own weights, in float32,
@@ -86,6 +88,7 @@ def heal_checkpoint(
     UsageError and Refused; nothing is left at `out` then.
     """
     say = report or _stderr
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when it is imported it recommends another package
     out = Path(out).absolute()
     work = out.parent / f".{out.name}.work" if work is None else Path(work).absolute()
     must_not_exist(out)
@@ -299,7 +302,8 @@ def _record(
     return {
         "model": source.name,
         "recipe": source.recipe.name if source.recipe else None,
-        "settings": {**settings.record(), "micro_batch": trained["micro_batch"]},
+        # the file's name is enough beside its fingerprint: this record goes where the checkpoint goes
+        "settings": {**settings.record(), "data": Path(settings.data).name, "micro_batch": trained["micro_batch"]},
         "origin": settings.origin,
         "quantisation": f"NF4, double quantisation, {trained['compute']} compute",
         "device": device,
@@ -312,7 +316,7 @@ def _record(
         "trainable": trained["trainable"],
         "modules": trained["modules"],
         "losses": trained["losses"],
-        "adapter": str(outside) if outside is not None else "adapter",
+        "adapter": os.path.relpath(outside, out) if outside is not None else "adapter",
         "versions": {name: importlib.metadata.version(name) for name in names},
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 import time
@@ -64,8 +63,6 @@ def load_quantised(
 ) -> Any:
     """The model in NF4 with double quantisation; the linear layers in `keep`, and all else, stay in `compute`."""
     from transformers import BitsAndBytesConfig
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends another package
 
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -67,9 +67,11 @@ _strategy = click.option(
     help="angular: the block with the smallest angular distance. last: the deepest n layers but the very last one "
     "(0-based L-1-n .. L-2; the last layer and the head stay).",
 )  # fmt: skip
-_calibration = click.option("--calibration", metavar="FILE|c4", help="Data for ranking (JSONL or text; .gz, .zst).")
-_heal_data = click.option("--heal-data", metavar="FILE|c4", help="Data for healing.")
-_eval_data = click.option("--eval-data", metavar="FILE|c4", help="Data for the normalised loss.")
+_calibration = click.option(
+    "--calibration", metavar="FILE|c4", help="Data for ranking (JSONL or text; .gz, .zst)  [the recipe's, or c4]."
+)
+_heal_data = click.option("--heal-data", metavar="FILE|c4", help="Data for healing  [the recipe's, or c4].")
+_eval_data = click.option("--eval-data", metavar="FILE|c4", help="Data for the normalised loss  [the recipe's, or c4].")
 _samples = click.option("--samples", type=int, metavar="N", help="Documents read from the data  [256, or the recipe's].")
 _length = click.option(
     "--length", type=int, metavar="T", help="Tokens a document is cut at  [2048, or the model's context if shorter]."
@@ -87,7 +89,7 @@ _v = click.option(
     help="Show the libraries' logs, and where in the code something was refused.",
 )  # fmt: skip
 _tasks = click.option("--tasks", metavar="A,B", help="lm-eval tasks; `name:5` gives 5 examples in context.")
-_shots = click.option("--num-fewshot", type=int, metavar="K", help="Examples in context, for every task.")
+_shots = click.option("--num-fewshot", type=int, metavar="K", help="Examples in context, for every task that does not fix 0.")
 _limit = click.option("--limit", type=int, metavar="N", help="Only the first N items of every task.")
 _task_folder = click.option("--task-folder", metavar="DIR", help="Folder with task files (YAML) of your own.")
 _batch = click.option("--batch-size", type=int, metavar="B", help="Rows a batch in tasks  [what fits].")

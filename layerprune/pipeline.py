@@ -160,7 +160,7 @@ class _Run:
         heal_checkpoint(
             self.path / "pruned",
             self.path / "healed",
-            data=plan.heal.data,
+            data=plan.heal.data if plan.own_heal_data else None,
             seed=plan.seed,
             device=plan.asked_device,
             trust_remote_code=plan.trust_remote_code,

@@ -298,7 +298,7 @@ def _draw(
         lw=1.3 if front else 2.4,
         ms=(3 if crowded else 4.5) + (not front),
         mew=1,
-        zorder=4 if front else 3,
+        zorder=(4 if front else 3) + 2 * key[1],
         **style,
     )
     band = [p for p in points if p[2] is not None]

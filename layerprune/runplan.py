@@ -36,6 +36,8 @@ class Plan:
     task_folder: str | None
     heal: HealSettings | None
     heal_options: dict[str, Any]
+    own_heal_data: bool
+    """Whether the user gave data for healing."""
     curve: tuple[int, ...]
     seed: int
     dtype: str
@@ -48,7 +50,8 @@ class Plan:
         """What decides the results: the manifest's identity of the run. Files count by content, wherever they lie."""
         heal = None
         if self.heal is not None:
-            heal = {**asdict(self.heal), "data": data_fingerprint(self.heal.data), **self.heal_options}
+            given = {key: value for key, value in self.heal_options.items() if value is not None}
+            heal = {**asdict(self.heal), **given, "data": data_fingerprint(self.heal.data)}
             heal["targets"] = list(self.heal.targets)
         return {
             "checkpoint": checkpoint_fingerprint(self.source.folder),
@@ -164,6 +167,7 @@ def plan_run(
         task_folder=None if folder is None else str(folder),
         heal=healing,
         heal_options={"steps": heal_steps, "length": length},
+        own_heal_data=heal_data is not None,
         curve=tuple(sorted({drop_count(f, layers) for f in fractions if 0.5 <= round(f * layers, 9) < layers - 0.5} | {n})),
         seed=seed,
         dtype=dtype,

@@ -26,7 +26,8 @@ def rank(model: str | Path, out: str | Path | None = None, **settings: Any) -> d
 def format_rank(ranking: Mapping[str, Any]) -> str:
     """The best block of some sizes as a table, and where the ranking is."""
     layers = ranking["layers"]
-    lines = [f"{layers} layers, {ranking['settings']['documents']} documents", "", "  n  fraction    block  distance"]
+    sizes = "some sizes; rank.json has all" if layers > 20 else "all sizes"
+    lines = [f"{layers} layers, {ranking['settings']['documents']} documents ({sizes})", "", "  n  fraction    block  distance"]
     for n in sorted({max(1, round(layers * step / 20)) for step in range(1, 20)} - {layers}):
         start = ranking["best"][str(n)]
         block = f"{start}:{start + n}"

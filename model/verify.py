@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,8 @@ def prove_logits(
         )
     decoder = view_decoder(load_model(result, device="cpu", dtype=dtype, trust_remote_code=trust_remote_code, progress=progress))
     ids_BT = ids_BT % _vocabulary(decoder)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer transformers has another name for past_key_values
         found = forward_logits(decoder, ids_BT)
         if not torch.equal(expected, found):
             worst = (expected.float() - found.float()).abs().max().item()

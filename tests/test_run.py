@@ -193,3 +193,11 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists already"), open_run(tmp_path, {}):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_recipes_own_values_given_by_hand_are_the_same_run() -> None:
+    from layerprune.runplan import plan_run
+
+    plain = plan_run("demo", 0.4).inputs()
+    assert plain["heal"]["steps"] == 80 and plan_run("demo", 0.4, heal_steps=80, limit=500).inputs() == plain
+    assert plan_run("demo", 0.4, heal_steps=81).inputs() != plain
