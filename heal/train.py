@@ -78,7 +78,8 @@ def heal_checkpoint(
     file. batch_size: sequences a step; micro_batch: those in memory at once (a divisor of it; None: what fits).
     length: tokens of a packed sequence. targets: linear layers to train, by default all of the MLP's.
     adapter: folder for the LoRA adapter in peft's format, by default `out`/adapter; the record has its path from `out`.
-    work: folder for the state that a killed run goes on from, by default the hidden sibling `.<name of out>.work`; it is removed at success.
+    work: folder for the state that a killed run goes on from, by default the hidden sibling `.<name of out>.work`; it is
+    removed at success.
     report: gets the cost line and what follows, by default on stderr.
 
     The base is held in NF4 with double quantisation; the merge is into the checkpoint's own weights, in float32,
