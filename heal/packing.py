@@ -13,7 +13,7 @@ import numpy as np
 
 from layerprune.model.data import stream_documents
 from layerprune.model.errors import Refused
-from layerprune.model.files import free_bytes, no_room, no_space_refusal, read_json, write_json
+from layerprune.model.files import must_have_room, no_space_refusal, read_json, write_json
 from layerprune.model.progress import progress_bar
 
 _TOGETHER = 512
@@ -48,9 +48,7 @@ def pack(
     if not about.exists():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "tokens.partial"
-        need, room = 4 * sequences * length, free_bytes(folder)
-        if need > room:
-            raise no_room(folder, need, room)
+        must_have_room(folder, 4 * sequences * length)
         with no_space_refusal(tokens):
             ids_NT = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=(sequences, length))
             _take_blocks(temporary)

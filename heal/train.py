@@ -21,12 +21,11 @@ from layerprune.model.config import load_config, vocab_size
 from layerprune.model.data import check_data, check_token_id, data_fingerprint
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import (
-    free_bytes,
     locked,
     made_folder,
+    must_have_room,
     must_not_exist,
     new_folder,
-    no_room,
     no_space_refusal,
     read_json,
     write_json,
@@ -105,7 +104,7 @@ def heal_checkpoint(
     stored = read_checkpoint(source.folder)
     _refuse_quantised(source, config, stored)
     check_data(settings.data, "--heal-data", "train", seed)
-    _room(out, stored)
+    must_have_room(out, sum(t.nbytes for t in stored.values()))
     say(cost_line(settings))
     _refuse_fused(source, settings, trust_remote_code)
     with _work_folder(work, _identity(source, settings, chosen), out) as resumed:
@@ -140,7 +139,6 @@ def check_healing(
     chosen = heal_settings(config, source.recipe, data=data, seed=seed, **settings)
     _refuse_quantised(source, config, read_checkpoint(source.folder))
     _refuse_fused(source, chosen, trust_remote_code)
-    check_data(data, "--heal-data", "train", seed)
     if data != "c4":
         check_one_sequence(load_tokenizer(source.folder, trust_remote_code), data, chosen.length, seed)
 
@@ -172,12 +170,6 @@ def _refuse_fused(source: ModelSource, settings: Healing, trust: bool) -> None:
 
     if not settings.targets:
         refuse_fused_experts(meta_decoder(source.folder, trust))
-
-
-def _room(out: Path, stored: Mapping[str, StoredTensor]) -> None:
-    need, room = sum(t.nbytes for t in stored.values()), free_bytes(out)
-    if room < need:
-        raise no_room(out, need, room)
 
 
 def _identity(source: ModelSource, settings: Healing, device: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from layerprune.model.config import layer_count, load_config, pick_length
 from layerprune.model.cuts import drop_count, last_block
 from layerprune.model.data import check_data, data_fingerprint
 from layerprune.model.errors import Refused, UsageError
-from layerprune.model.files import free_bytes, no_room
+from layerprune.model.files import must_have_room
 from layerprune.model.fingerprint import checkpoint_fingerprint, folder_fingerprint, tokenizer_fingerprint
 from layerprune.model.load import pick_device, pick_dtype
 from layerprune.model.recipes import EvalSettings, HealSettings, Recipe
@@ -36,6 +36,7 @@ class Plan:
     task_folder: str | None
     heal: HealSettings | None
     heal_options: dict[str, Any]
+    """What of the above the user gave, None for the rest: healing records where each setting came from."""
     own_heal_data: bool
     """Whether the user gave data for healing."""
     curve: tuple[int, ...]
@@ -50,9 +51,7 @@ class Plan:
         """What decides the results: the manifest's identity of the run. Files count by content, wherever they lie."""
         heal = None
         if self.heal is not None:
-            given = {key: value for key, value in self.heal_options.items() if value is not None}
-            heal = {**asdict(self.heal), **given, "data": data_fingerprint(self.heal.data)}
-            heal["targets"] = list(self.heal.targets)
+            heal = {**asdict(self.heal), "data": data_fingerprint(self.heal.data), "targets": list(self.heal.targets)}
         return {
             "checkpoint": checkpoint_fingerprint(self.source.folder),
             "tokenizer": tokenizer_fingerprint(self.source.folder),
@@ -143,7 +142,12 @@ def plan_run(
     if heal:
         healing = recipe.heal if recipe else HealSettings()
         own = recipe.data_path(healing.data) if recipe else healing.data
-        healing = replace(healing, data=heal_data or own)
+        healing = replace(
+            healing,
+            data=heal_data or own,
+            steps=healing.steps if heal_steps is None else heal_steps,
+            length=healing.length if length is None else length,
+        )
         check_data(healing.data, "--heal-data", "train", seed)
     check_data(ranking["data"], "--calibration", "validation", seed)
     check_data(evaluation.data, "--eval-data", "validation", seed)
@@ -186,35 +190,32 @@ def run_cost(plan: Plan, out: Path) -> str:
     except Refused as refusal:
         kept = 1 - plan.n / plan.layers
         need = sum(t.nbytes for t in read_checkpoint(plan.source.folder).values()) * kept * (1 if plan.heal is None else 2)
-        _must_have_room(out, need)
+        must_have_room(out, need, _held(out))
         return f"estimate: up to {_bytes(need)} of disk; its time cannot be estimated ({refusal})"
     base = plan.source.recipe
-    heal = replace(plan.heal, steps=plan.heal_options["steps"] or plan.heal.steps) if plan.heal else HealSettings(steps=1)
     imagined = Recipe(
         name=plan.source.label,
         model=plan.source.name,
         origin=base.origin if base else "ours",
         shape=shape,
         rank=replace(base.rank, **plan.rank) if base else replace(Recipe.rank, **plan.rank),
-        heal=replace(heal, length=plan.heal_options["length"] or heal.length),
+        heal=plan.heal or HealSettings(steps=1),
         eval=replace(plan.evaluation, tasks={t: s or 0 for t, s in plan.tasks.items()}),
     )
     kind = DEVICES["cpu" if plan.device == "cpu" else "h100"]
     found = estimate(imagined, plan.n / plan.layers, kind, width)
     names = ["pruned"] if plan.heal is None else ["pruned", "healed", "work"]
     need = sum(found.disk[name] for name in names)
-    _must_have_room(out, need)
+    must_have_room(out, need, _held(out))
     hours = sum(s.hours * (1 if s.name in ("rank", "heal") else 2 + len(plan.curve)) for s in found.steps)
     hours -= 0 if plan.heal else next(s.hours for s in found.steps if s.name == "heal")
     unknown = f" (without the tasks {', '.join(found.unknown_tasks)})" if found.unknown_tasks else ""
     return f"estimate: {_bytes(need)} of disk, {_time(hours)} on one {kind.name}{unknown}"
 
 
-def _must_have_room(out: Path, need: float) -> None:
-    room = free_bytes(out)
-    done = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
-    if need > room + done:
-        raise no_room(out, need, room)
+def _held(out: Path) -> int:
+    """Bytes of a run that was begun: they are there already."""
+    return sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
 
 
 def _bytes(count: float) -> str:

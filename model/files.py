@@ -172,10 +172,12 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(_nearest_existing(path)).free
 
 
-def no_room(out: Path, need: float, room: float) -> Refused:
-    """The refusal of a disk that has `room` bytes free where `need` are needed."""
-    unit, factor = ("GB", 1e9) if need >= 1e8 else ("MB", 1e6)
-    return Refused(
-        f"the disk is full: {out} needs {need / factor:.2f} {unit} and {room / factor:.2f} {unit} are free; give another "
-        "--out or free some space"
-    )
+def must_have_room(out: Path, need: float, held: int = 0) -> None:
+    """Refuse a disk on which `need` bytes do not fit; `held` of them are written already."""
+    room = free_bytes(out)
+    if need > room + held:
+        unit, factor = ("GB", 1e9) if need >= 1e8 else ("MB", 1e6)
+        raise Refused(
+            f"the disk is full: {out} needs {need / factor:.2f} {unit} and {room / factor:.2f} {unit} are free; give another "
+            "--out or free some space"
+        )

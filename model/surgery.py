@@ -47,7 +47,7 @@ def text_part(raw: dict[str, Any], config: Any) -> dict[str, Any]:
 
 
 def cut_config(
-    raw: dict[str, Any], config: Any, kept: Kept, extra: int = 0, renamed: Mapping[str, str] | None = None
+    raw: dict[str, Any], config: Any, kept: Kept, extra: int, renamed: Mapping[str, str]
 ) -> dict[str, Any]:
     """A copy of config.json that describes the model with the layers `kept` only.
 
@@ -88,7 +88,7 @@ def cut_config(
     _refit_periods(inner, derived, layers, kept)
     for place in {id(result): result, id(inner): inner}.values():
         if isinstance(place.get("quantization_config"), dict):
-            place["quantization_config"] = _cut_names(place["quantization_config"], kept, renamed or {})
+            place["quantization_config"] = _cut_names(place["quantization_config"], kept, renamed)
     return result
 
 

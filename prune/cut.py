@@ -15,7 +15,7 @@ from typing import Any
 from layerprune.model.config import layer_count, load_config
 from layerprune.model.cuts import Block, Kept, describe_dropped, drop_count, last_block, parse_layers
 from layerprune.model.errors import UsageError
-from layerprune.model.files import free_bytes, must_not_exist, new_folder, no_room, read_json, write_json, write_text
+from layerprune.model.files import must_have_room, must_not_exist, new_folder, read_json, write_json, write_text
 from layerprune.model.plan import CutPlan, plan_cut
 from layerprune.model.source import ModelSource, find_model
 from layerprune.model.tensors import StoredTensor, read_checkpoint
@@ -205,9 +205,7 @@ def write_cut(
     from layerprune.model.write import write_checkpoint
 
     source = cut.source.folder
-    room, need = free_bytes(out), cut.bytes + (64 << 20 if cut.bytes > 1 << 30 else 1 << 20)
-    if room < need:
-        raise no_room(out, need, room)
+    must_have_room(out, cut.bytes + (64 << 20 if cut.bytes > 1 << 30 else 1 << 20))
     with new_folder(out) as folder:
         write_json(folder / "config.json", cut.config)
         seconds: dict[str, float] = {}

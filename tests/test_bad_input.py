@@ -703,7 +703,7 @@ import json, pathlib, shutil, subprocess, sys
 import torch
 from click.testing import CliRunner
 from layerprune.cli import main
-from layerprune.model.files import free_bytes
+from layerprune.model.files import must_have_room
 from layerprune.heal import train
 from layerprune.prune import cut
 
@@ -729,13 +729,12 @@ def fill(leave):
             pass
         file.truncate(max(0, file.tell() - leave))
 
-def free_then_filled(leave):
-    def measure(path):
-        room = free_bytes(path)
+def checked_then_filled(leave):
+    def check(out, need, held=0):
+        must_have_room(out, need, held)
         if not filler.exists():
             fill(leave)
-        return room
-    return measure
+    return check
 
 def call(command):
     made = CliRunner().invoke(main, [*COMMANDS[command], "--out", str(out)])
@@ -752,9 +751,9 @@ def scenario(command, when, leave, keep=False):
         fill(leave)
     if when == "read-only":
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    cut.free_bytes = train.free_bytes = free_then_filled(leave) if when == "meanwhile" else free_bytes
+    cut.must_have_room = train.must_have_room = checked_then_filled(leave) if when == "meanwhile" else must_have_room
     found = call(command)
-    cut.free_bytes = train.free_bytes = free_bytes
+    cut.must_have_room = train.must_have_room = must_have_room
     if when == "read-only":
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     if keep:
