@@ -33,6 +33,13 @@ SHAPES = {
         "num_attention_heads": 40,
         "vocab_size": 32000,
     },
+    "80-layers": {  # as deep as Llama-2-70B, as wide as the 7B, so that it fits on one card
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
 }
 
 

@@ -65,29 +65,44 @@ class LiveModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        rows: dict[Row, list[int]] = {}
-        for i, request in enumerate(requests):
-            rows.setdefault(self._row(request), []).append(i)
-        order = sorted(rows, key=lambda ids: (-len(ids), ids))
-        need = {ids: max(len(requests[i][2]) for i in rows[ids]) for ids in order}  # scored positions, from the end
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
 
-        def score(batch: Sequence[Row]) -> None:
-            asked = [(row, i) for row, ids in enumerate(batch) for i in rows[ids]]
+        def score(batch: Sequence[Row], asked: list[tuple[int, int]]) -> None:
             scored = self._score(batch, [(row, requests[i][2]) for row, i in asked])
             for (_, i), answer in zip(asked, scored, strict=True):
                 answers[i] = answer
+
+        self._in_batches(requests, [self._row(request) for request in requests], score)
+        return answers
+
+    def _in_batches(
+        self,
+        requests: Sequence[Request],
+        rows: Sequence[Row],
+        score: Callable[[Sequence[Row], list[tuple[int, int]]], None],
+    ) -> None:
+        """Call `score` with batches of rows, longest first, and (row in the batch, request) pairs that read them.
+
+        rows: the row of each request; requests with the same row share it.
+        """
+        readers: dict[Row, list[int]] = {}
+        for i, row in enumerate(rows):
+            readers.setdefault(row, []).append(i)
+        order = sorted(readers, key=lambda ids: (-len(ids), ids))
+        need = {ids: max(len(requests[i][2]) for i in readers[ids]) for ids in order}  # scored positions, from the end
+
+        def part(batch: Sequence[Row]) -> None:
+            score(batch, [(row, i) for row, ids in enumerate(batch) for i in readers[ids]])
 
         with progress_bar(len(order), "prompts", "prompt", self.progress) as bar:
             start = 0
             while start < len(order):
                 batch = order[start : start + self._rows_that_fit(order, start, need)]
-                fitted = in_halves(batch, score)
+                fitted = in_halves(batch, part)
                 if fitted < len(batch):
                     self.tokens = fitted * len(batch[0])
                 start += len(batch)
                 bar.update(len(batch))
-        return answers
 
     def _row(self, request: Request) -> Row:
         """What the model reads for a request: all tokens but the last, cut on the left to the model's context."""

@@ -11,3 +11,8 @@ def token_budget(device: str) -> int:
 def logit_budget(device: str) -> int:
     """Bytes that a batch's float32 logits may take: 256 MiB on the CPU, 1 GiB on a GPU."""
     return 1 << (28 if device == "cpu" else 30)
+
+
+def state_budget(device: str) -> int:
+    """Bytes that the hidden states of all branches may take at once: 1 GiB on the CPU, 4 GiB on a GPU."""
+    return 1 << (30 if device == "cpu" else 32)

@@ -9,7 +9,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,21 +227,56 @@ def run_harness(
     progress: bool = False,
 ) -> tuple[dict[str, Any], int]:
     """lm-eval's own result dictionary, samples included, and the number of prompts cut to the model's context."""
-    from lm_eval.evaluator import evaluate
-
     from layerprune.eval.harness import LiveModel
 
-    set_seeds(seed)
-    for task in tasks.tasks.values():
-        task.set_fewshot_seed(seed=lm_eval_seeds(seed)[3])
     training = model.training
     try:
         with _quiet():
             lm = LiveModel(model, tokenizer, batch_size, progress)
-            found = evaluate(lm=lm, task_dict=tasks.loaded, limit=limit, log_samples=True)
+        found = ask_harness(lm, tasks, limit, seed)
     finally:
         model.train(training)
     return found, lm.truncated
+
+
+def ask_harness(lm: Any, tasks: TaskSet, limit: int | None, seed: int) -> dict[str, Any]:
+    """Let lm-eval score one of its models; its own result dictionary, samples included."""
+    from lm_eval.evaluator import evaluate
+
+    set_seeds(seed)
+    for task in tasks.tasks.values():
+        task.set_fewshot_seed(seed=lm_eval_seeds(seed)[3])
+    with _quiet():
+        return dict(evaluate(lm=lm, task_dict=tasks.loaded, limit=limit, log_samples=True))
+
+
+@contextlib.contextmanager
+def built_once(tasks: TaskSet) -> Iterator[None]:
+    """Inside the block lm-eval builds a task's requests (templates, in-context examples) once, for any number of models.
+
+    One limit and one seed must serve all of them.
+    """
+
+    def shadow(task: Any) -> None:
+        build = task.build_all_requests
+        made: list[bool] = []
+
+        def build_or_reuse(**settings: Any) -> None:
+            if not made:
+                build(**settings)
+                made.append(True)
+            for request in task.instances:
+                request.resps, request.filtered_resps = [], {}
+
+        task.build_all_requests = build_or_reuse
+
+    try:
+        for task in tasks.tasks.values():
+            shadow(task)
+        yield
+    finally:
+        for task in tasks.tasks.values():
+            task.__dict__.pop("build_all_requests", None)
 
 
 def score_tasks(
@@ -264,14 +299,20 @@ def score_tasks(
 
     Returns results (every metric of lm-eval, for tasks and groups), versions, n_samples, num_fewshot, truncated
     (prompts cut on the left to the model's context) and table: a row for each name and metric shown, with value,
-    stderr, n, shots, chance (1 / choices) and majority (share of the most frequent answer; two choices only), None
-    where unknown. With `samples`, also correct: for each task 1 or 0 an item, in the order of the data set.
+    stderr, n, shots, chance (the mean of 1 / choices) and majority (share of the most frequent answer; two choices only),
+    None where unknown. With `samples`, also correct: for each task 1 or 0 an item, in the order of the data set; and
+    items: the same behind each task/metric of the table, a group's members one after another.
     """
     check_counts(limit=limit, batch_size=batch_size)
     ready = tasks if isinstance(tasks, TaskSet) else load_tasks(tasks, task_folder, seed)
     found, truncated = run_harness(
         model, tokenizer, ready, limit=limit, batch_size=batch_size, seed=seed, progress=progress
     )
+    return summarise(ready, found, truncated, samples)
+
+
+def summarise(ready: TaskSet, found: Mapping[str, Any], truncated: int, samples: bool) -> dict[str, Any]:
+    """What `score_tasks` returns, from lm-eval's result dictionary."""
     made = {
         "results": {name: _plain(metrics) for name, metrics in found["results"].items()},
         "versions": found["versions"],
@@ -282,7 +323,22 @@ def score_tasks(
     }
     if samples:
         made["correct"] = {name: c for name, s in found["samples"].items() if (c := _correct(s)) is not None}
+        made["items"] = _items(ready, made["table"], made["correct"])
     return made
+
+
+def _items(ready: TaskSet, table: Sequence[Mapping[str, Any]], correct: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """The items behind the first row of each name in the table, a group's members one after another."""
+    found: dict[str, list[int]] = {}
+    named = set()
+    for row in table:
+        members = ready.members.get(row["task"], ()) or (row["task"],)
+        if row["task"] not in ready.loaded["groups"] and len(members) > 1:
+            members = (row["task"],)
+        if row["task"] not in named and all(member in correct for member in members):
+            found[f"{row['task']}/{row['metric']}"] = [c for member in members for c in correct[member]]
+        named.add(row["task"])
+    return found
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,7 +371,7 @@ def _rows(name: str, tasks: TaskSet, found: Mapping[str, Any]) -> list[dict[str,
 def _plain_mean(name: str, single: list[dict[str, Any]]) -> dict[str, Any]:
     """The mean over subjects, all of them with the same weight, as papers report MMLU."""
     errors = [row["stderr"] for row in single]
-    chances, shots = {row["chance"] for row in single}, {row["shots"] for row in single}
+    chances, shots = [row["chance"] for row in single], {row["shots"] for row in single}
     return {
         "task": name,
         "metric": "acc (mean of subjects)",
@@ -323,7 +379,7 @@ def _plain_mean(name: str, single: list[dict[str, Any]]) -> dict[str, Any]:
         "stderr": None if None in errors else math.sqrt(sum(e * e for e in errors)) / len(errors),
         "n": sum(row["n"] for row in single),
         "shots": shots.pop() if len(shots) == 1 else None,
-        "chance": chances.pop() if len(chances) == 1 else None,
+        "chance": None if None in chances else sum(chances) / len(chances),
         "majority": None,
     }
 
@@ -337,7 +393,9 @@ def _metric_rows(
     bases = [key.split(",")[0] for key in keys]
     shown = next((m for m in ACCURACIES if m in bases), bases[0] if bases else None)
     facts = [_choices(tasks.tasks[m], found["samples"][m]) for m in members]
-    chances = {chance for chance, _ in facts} if shown == "acc" else {None}
+    counts = [found["n-samples"][m]["effective"] for m in members]
+    known = shown == "acc" and all(chance is not None for chance, _ in facts)
+    chance = sum(c * n for (c, _), n in zip(facts, counts, strict=True)) / sum(counts) if known else None
     rows = []
     for key, base in zip(keys, bases, strict=True):
         if base == shown:
@@ -348,9 +406,9 @@ def _metric_rows(
                     "metric": base if kind == "none" else f"{base} ({kind})",
                     "value": metrics[key],
                     "stderr": metrics.get(f"{base}_stderr,{kind}"),
-                    "n": sum(found["n-samples"][m]["effective"] for m in members),
+                    "n": sum(counts),
                     "shots": found["n-shot"].get(name),
-                    "chance": next(iter(chances)) if len(chances) == 1 else None,
+                    "chance": chance,
                     "majority": facts[0][1] if len(members) == 1 and shown == "acc" else None,
                 }
             )
@@ -358,16 +416,14 @@ def _metric_rows(
 
 
 def _choices(task: Any, samples: list[dict[str, Any]]) -> tuple[float | None, float | None]:
-    """Chance (1 / choices) and, for two choices, the share of the most frequent answer; None where not constant."""
+    """Chance (the mean of 1 / choices) and, where all items have two, the share of the most frequent answer."""
     if task.OUTPUT_TYPE != "multiple_choice" or not samples:
         return None, None
     items = {s["doc_id"]: s for s in samples}.values()
-    counts = {len(task.doc_to_choice(s["doc"])) for s in items}
-    if len(counts) != 1:
-        return None, None
-    count = counts.pop()
+    counts = [len(task.doc_to_choice(s["doc"])) for s in items]
     answers = [str(s["target"]) for s in items]
-    return 1 / count, max(map(answers.count, set(answers))) / len(answers) if count == 2 else None
+    two = set(counts) == {2}
+    return sum(1 / c for c in counts) / len(counts), max(map(answers.count, set(answers))) / len(answers) if two else None
 
 
 def _correct(samples: list[dict[str, Any]]) -> list[int] | None:

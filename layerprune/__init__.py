@@ -18,6 +18,7 @@ _PUBLIC = {
     "heal_checkpoint": "layerprune.heal.train",
     "evaluate_checkpoint": "layerprune.eval.evaluate",
     "run": "layerprune.pipeline",
+    "sweep": "layerprune.sweeping",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -92,6 +92,10 @@ _tasks = click.option("--tasks", metavar="A,B", help="lm-eval tasks; `name:5` gi
 _shots = click.option("--num-fewshot", type=int, metavar="K", help="Examples in context, for every task that does not fix 0.")
 _limit = click.option("--limit", type=int, metavar="N", help="Only the first N items of every task.")
 _task_folder = click.option("--task-folder", metavar="DIR", help="Folder with task files (YAML) of your own.")
+_keep = click.option(
+    "--keep", type=float, default=0.95, show_default=True, metavar="S",
+    help="Share of the accuracy above chance that the recommended cut keeps.",
+)  # fmt: skip
 _batch = click.option("--batch-size", type=int, metavar="B", help="Rows a batch in tasks  [what fits].")
 _verify = click.option(
     "--verify/--no-verify", default=None,
@@ -122,6 +126,7 @@ def _print(result: Any, as_json: bool, text: Callable[[], str]) -> None:
 @click.option("--heal-steps", type=int, metavar="N", help="Optimizer steps of healing  [5000, or the recipe's].")
 @click.option("--no-heal", is_flag=True, help="Stop after cutting: the result is the cut checkpoint.")
 @click.option("--curve", metavar="F,F", help="Fractions of the curve, not healed  [the recipe's; 0.1 to 0.6]; '' for none.")
+@_options(_keep)
 @_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _verify)
 @_options(_out("runs/<model>-<strategy>-<drop>"), _json, _v)
 def run(tasks: str | None, curve: str | None, no_heal: bool, as_json: bool, **options: Any) -> None:
@@ -137,11 +142,32 @@ def run(tasks: str | None, curve: str | None, no_heal: bool, as_json: bool, **op
     _print(result, as_json, lambda: format_run(result))
 
 
-def _fraction(text: str) -> float:
+def _fraction(text: str, option: str = "--curve") -> float:
     try:
         return float(text)
     except ValueError:
-        raise click.BadParameter(f"{text!r} is not a number", param_hint="--curve") from None
+        raise click.BadParameter(f"{text!r} is not a number", param_hint=option) from None
+
+
+@main.command(short_help="The whole curve, and where it collapses.")
+@_options(_model)
+@click.option("--strategy", default="angular,last", show_default=True, metavar="S,S", help="Which blocks: angular, last or both.")
+@click.option("--drops", metavar="F:F,F", help="Fractions or ranges of them, such as 0:0.5  [every depth].")
+@click.option("--heal", metavar="F,F", help="Fractions at which the cuts are written and healed too.")
+@_options(_keep, _tasks, _shots, _limit, _task_folder, _calibration, _heal_data, _eval_data)
+@click.option("--heal-steps", type=int, metavar="N", help="Optimizer steps of healing  [5000, or the recipe's].")
+@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _out("runs/<model>-sweep"), _json, _v)
+def sweep(strategy: str, tasks: str | None, heal: str | None, as_json: bool, **options: Any) -> None:
+    """Loss and accuracy at every depth, both strategies, from one pass over the data; and where they collapse.
+
+    The same folder again adds to what is there: more depths, tasks or healing. A killed sweep goes on.
+    """
+    from layerprune.report import format_sweep
+    from layerprune.sweeping import sweep as sweep_all
+
+    healed = [_fraction(f, "--heal") for f in _split(heal) or []]
+    result = sweep_all(strategies=_split(strategy) or [], tasks=_split(tasks), heal=healed, progress=True, **options)
+    _print(result, as_json, lambda: format_sweep(result))
 
 
 @main.command(short_help="Rank all blocks of layers in one pass.")

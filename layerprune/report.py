@@ -20,11 +20,6 @@ def format_run(result: Mapping[str, Any]) -> str:
         chance = "" if score["chance"] is None else f" (chance {score['chance']:.3g})"
         lines.append((name.removesuffix("/acc") + chance, *(_score(row["tasks"].get(name)) for row in rows)))
     lines.append(("tokens/s, generating", *(f"{row['tokens_per_second']:.1f}" for row in rows)))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    table = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
     dropped = len(rows) > 1 and result["layers"] - len(result["kept"])
     head = (
         f"{result['model']}: {dropped} of {result['layers']} layers dropped, {result['dropped']} "
@@ -32,9 +27,60 @@ def format_run(result: Mapping[str, Any]) -> str:
     )
     pictures = ", ".join(name for name in result["figures"] if name.endswith(".png"))
     return "\n".join(
-        [head, "", *(line.rstrip() for line in table), ""]
+        [head, "", *_columns(lines), ""]
         + [f"checkpoint  {result['checkpoint']}", f"figures     {result['folder']}: {pictures}"]
     )
+
+
+def format_sweep(result: Mapping[str, Any]) -> str:
+    """A row for each depth measured, then where each series collapses, what to drop, and where everything is."""
+    tasks = list(dict.fromkeys(task for row in result["rows"] for task in row["tasks"]))
+    head = ("strategy", "n", "fraction", "loss", *(task.removesuffix("/acc") for task in tasks))
+    lines: list[tuple[str, ...]] = [head]
+    for row in result["rows"]:
+        name = ("whole" if row["n"] == 0 else row["strategy"]) + " healed" * row["healed"]
+        loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+        values = (row["tasks"].get(task, {}).get("value") for task in tasks)
+        lines.append((name, str(row["n"]), f"{row['fraction']:.3f}", loss, *("-" if v is None else f"{v:.3f}" for v in values)))
+    pictures = ", ".join(name for name in result["figures"] if name.endswith(".png"))
+    return "\n".join(
+        [f"{result['model']}: {result['layers']} layers", "", *_columns(lines), "", *format_collapse(result["collapse"]), ""]
+        + [f"{result['folder']}: curve.csv, curve.json, collapse.json, {pictures}"]
+    )
+
+
+def format_collapse(found: Mapping[str, Any]) -> list[str]:
+    """Where each series collapses, and the recommendation, as lines."""
+    lines = []
+    for name, one in found["series"].items():
+        parts = []
+        for task, data in one["tasks"].items():
+            step = data["transition"]
+            if step["status"] == "collapses":
+                interval = f" ({step['low']} to {'beyond' if step['high'] is None else step['high']})"
+                parts.append(f"{task.removesuffix('/acc')} collapses at n = {step['first']}{interval if step['low'] else ''}")
+            else:
+                parts.append(f"{task.removesuffix('/acc')}: {step['status']}")
+        loss = one["loss"]
+        if loss and loss["to_n"] is not None:
+            past = f", passes 1 at n = {loss['above_one']}" if loss["above_one"] is not None else ""
+            parts.append(f"loss rises most from n = {loss['from_n']} to {loss['to_n']}{past}")
+        lines.append(f"{name}: " + "; ".join(parts))
+        lines.append(f"  {one['recommendation']['why']}")
+    best = found["verdict"]
+    if best is not None:
+        more = f" (by the estimates alone {best['likely']})" if best["likely"] != best["n"] else ""
+        lines += ["", f"recommended: drop {best['n']} layers, {best['series']}, to keep {100 * found['keep']:g} %{more}"]
+    return lines
+
+
+def _columns(lines: list[tuple[str, ...]]) -> list[str]:
+    """Lines of cells as text: the first column left, the others right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        for line in lines
+    ]
 
 
 def _score(score: Mapping[str, Any] | None) -> str:

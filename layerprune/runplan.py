@@ -22,14 +22,11 @@ DEFAULT_CURVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run, resolved: what the user gave, else the recipe's settings, else the defaults."""
+class Setup:
+    """What a run or a sweep works with, resolved: what the user gave, else the recipe's settings, else the defaults."""
 
     source: ModelSource
     layers: int
-    n: int
-    drop: float
-    strategy: str
     rank: dict[str, Any]
     evaluation: EvalSettings
     tasks: dict[str, int | None]
@@ -39,7 +36,6 @@ class Plan:
     """What of the above the user gave, None for the rest: healing records where each setting came from."""
     own_heal_data: bool
     """Whether the user gave data for healing."""
-    curve: tuple[int, ...]
     seed: int
     dtype: str
     device: str
@@ -47,27 +43,25 @@ class Plan:
     """As the user gave it: one left open spreads a model over several GPUs."""
     trust_remote_code: bool
 
-    def inputs(self) -> dict[str, Any]:
-        """What decides the results: the manifest's identity of the run. Files count by content, wherever they lie."""
-        heal = None
-        if self.heal is not None:
-            heal = {**asdict(self.heal), "data": data_fingerprint(self.heal.data), "targets": list(self.heal.targets)}
+    def heal_inputs(self) -> dict[str, Any] | None:
+        """What decides how a cut is healed; files count by content, wherever they lie."""
+        if self.heal is None:
+            return None
+        return {**asdict(self.heal), "data": data_fingerprint(self.heal.data), "targets": list(self.heal.targets)}
+
+    def measured_inputs(self) -> dict[str, Any]:
+        """What decides a ranking and what is measured of a cut."""
         return {
             "checkpoint": checkpoint_fingerprint(self.source.folder),
             "tokenizer": tokenizer_fingerprint(self.source.folder),
-            "drop": self.drop,
-            "strategy": self.strategy,
             "rank": {**self.rank, "data": data_fingerprint(self.rank["data"])},
-            "heal": heal,
             "loss": {
                 "data": data_fingerprint(self.evaluation.data),
                 "samples": self.evaluation.samples,
                 "length": self.evaluation.length,
             },
-            "tasks": self.tasks,
             "task_folder": None if self.task_folder is None else folder_fingerprint(Path(self.task_folder)),
             "limit": self.evaluation.limit,
-            "curve": list(self.curve),
             "seed": self.seed,
             "dtype": self.dtype,
             "device": self.device,
@@ -85,11 +79,55 @@ class Plan:
         }
 
 
+@dataclass(frozen=True)
+class Plan(Setup):
+    """One run: a setup, the block to drop, and the depths of the curve."""
+
+    n: int
+    drop: float
+    strategy: str
+    curve: tuple[int, ...]
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides the results: the manifest's identity of the run."""
+        own = {"drop": self.drop, "strategy": self.strategy, "tasks": self.tasks, "curve": list(self.curve)}
+        return {**self.measured_inputs(), **own, "heal": self.heal_inputs()}
+
+
 def plan_run(
     model: str | Path,
     drop: float,
     *,
     strategy: str = "angular",
+    curve: Sequence[float] | None = None,
+    **settings: Any,
+) -> Plan:
+    """Resolve and check a run's settings (see `set_up`); nothing is loaded. Raises UsageError and Refused."""
+    check_strategy(strategy)
+    for fraction in curve or ():
+        if not 0 < fraction < 1:
+            raise UsageError(f"--curve {fraction:g} is not a fraction between 0 and 1, such as 0.4")
+    source = find_model(str(model))
+    layers = layer_count(load_config(source.folder, settings.get("trust_remote_code", False)))
+    n = drop_count(drop, layers)
+    if strategy == "last":
+        last_block(n, layers)
+    setup = set_up(source, **settings)
+    fractions = curve if curve is not None else source.recipe.curve if source.recipe else DEFAULT_CURVE
+    depths = {drop_count(f, layers) for f in fractions if 0.5 <= round(f * layers, 9) < layers - 0.5} | {n}
+    return Plan(**vars(setup), n=n, drop=drop, strategy=strategy, curve=tuple(sorted(depths)))
+
+
+def check_strategy(strategy: str) -> None:
+    from layerprune.prune.cut import STRATEGIES
+
+    if strategy not in STRATEGIES:
+        raise UsageError(f"--strategy {strategy} is none of {', '.join(STRATEGIES)}")
+
+
+def set_up(
+    source: ModelSource,
+    *,
     tasks: Sequence[str] | Mapping[str, int | None] | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
@@ -99,34 +137,25 @@ def plan_run(
     eval_data: str | None = None,
     heal_steps: int | None = None,
     heal: bool = True,
-    curve: Sequence[float] | None = None,
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
     dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
-) -> Plan:
-    """Resolve and check a run's settings; nothing is loaded. Raises UsageError and Refused."""
+) -> Setup:
+    """Resolve and check settings; nothing is loaded. What is None comes from the recipe, else from the defaults.
+
+    heal: whether there will be healing, whose data and device are checked then. Raises UsageError and Refused.
+    """
     from layerprune.eval.evaluate import parse_tasks
-    from layerprune.prune.cut import STRATEGIES
     from layerprune.prune.rank import rank_settings
 
-    if strategy not in STRATEGIES:
-        raise UsageError(f"--strategy {strategy} is none of {', '.join(STRATEGIES)}")
     for option, number in (("--samples", samples), ("--limit", limit), ("--heal-steps", heal_steps)):
         if number is not None and number < 1:
             raise UsageError(f"{option} {number} is not a number above 0")
-    for fraction in curve or ():
-        if not 0 < fraction < 1:
-            raise UsageError(f"--curve {fraction:g} is not a fraction between 0 and 1, such as 0.4")
     pick_dtype(dtype, pick_device(device))
-    source = find_model(str(model))
     config = load_config(source.folder, trust_remote_code)
-    layers = layer_count(config)
-    n = drop_count(drop, layers)
-    if strategy == "last":
-        last_block(n, layers)
     recipe = source.recipe
     base = recipe.eval if recipe else EvalSettings()
     evaluation = EvalSettings(
@@ -158,13 +187,9 @@ def plan_run(
         from layerprune.heal.train import check_device
 
         check_device(pick_device(device))
-    fractions = curve if curve is not None else recipe.curve if recipe else DEFAULT_CURVE
-    return Plan(
+    return Setup(
         source=source,
-        layers=layers,
-        n=n,
-        drop=drop,
-        strategy=strategy,
+        layers=layer_count(config),
         rank=ranking,
         evaluation=evaluation,
         tasks=parse_tasks(tasks, num_fewshot, recipe),
@@ -172,7 +197,6 @@ def plan_run(
         heal=healing,
         heal_options={"steps": heal_steps, "length": length},
         own_heal_data=heal_data is not None,
-        curve=tuple(sorted({drop_count(f, layers) for f in fractions if 0.5 <= round(f * layers, 9) < layers - 0.5} | {n})),
         seed=seed,
         dtype=dtype,
         device=pick_device(device),

@@ -88,7 +88,7 @@ def states_BTD(hidden: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
     return hidden.flatten(2)
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass after the last layer, so that the head is never computed."""
 
 
@@ -130,12 +130,12 @@ def walk_states(
             output = old(*args, **kwargs)
             if index == last:
                 see(last + 1, states_BTD(hidden_of(output), rows, tokens))
-                raise _Stop
+                raise Stop
             return output
 
         return forward
 
-    with replaced_forwards((layer, watcher(i)) for i, layer in enumerate(decoder.layers)), contextlib.suppress(_Stop):
+    with replaced_forwards((layer, watcher(i)) for i, layer in enumerate(decoder.layers)), contextlib.suppress(Stop):
         forward_logits(decoder, ids_BT, mask_BT)
 
 
@@ -160,7 +160,7 @@ def virtual_cut(decoder: Decoder, kept: Kept) -> Iterator[None]:
     """
     check_kept(kept, len(decoder))
     # What a layer returns is the model's contract with it; it is the same for all layers of a stack.
-    length = _tuple_length(decoder) if len(kept) < len(decoder) else None
+    length = tuple_length(decoder) if len(kept) < len(decoder) else None
 
     def skip(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         hidden = first_hidden(args, kwargs)
@@ -178,16 +178,16 @@ def is_cut(model: Any) -> bool:
 
 
 @torch.no_grad()
-def _tuple_length(decoder: Decoder) -> int | None:
+def tuple_length(decoder: Decoder) -> int | None:
     """How many values the layers return, None for a bare tensor; found by running the first layer on two tokens."""
     answer: list[int | None] = []
 
     def look(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = old(*args, **kwargs)
         answer.append(len(output) if isinstance(output, tuple | list) else None)
-        raise _Stop
+        raise Stop
 
     ids = torch.ones((1, 2), dtype=torch.long)
-    with replaced_forwards([(decoder.layers[0], look)]), contextlib.suppress(_Stop):
+    with replaced_forwards([(decoder.layers[0], look)]), contextlib.suppress(Stop):
         forward_logits(decoder, ids)
     return answer[0]

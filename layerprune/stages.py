@@ -1,0 +1,187 @@
+"""The stages that runs and sweeps are made of: load, rank, cut, heal, measure, for one setup."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from layerprune.model.config import layer_count, load_config
+from layerprune.model.cuts import Block, Kept
+from layerprune.model.tensors import read_checkpoint
+from layerprune.runplan import Setup
+
+Say = Callable[[str], None]
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class Stages:
+    """Each stage does its work and returns it; what is done already is the caller's to know.
+
+    verify: as in `prune_checkpoint`. batch_size: rows a batch in tasks, None for what fits.
+    """
+
+    def __init__(self, setup: Setup, say: Say, progress: bool, verify: bool | None = None, batch_size: int | None = None) -> None:
+        self.setup, self.say, self.progress, self.verify, self.batch_size = setup, say, progress, verify, batch_size
+        self._ready: tuple[Any, Any] | None = None
+        self._source: tuple[Any, Any] | None = None
+
+    def load(self, folder: Path) -> tuple[Any, Any]:
+        """A live model and its tokenizer. The source, if it is held, goes first."""
+        from layerprune.model.load import load_model, load_tokenizer
+
+        self._source = None
+        setup = self.setup
+        live = load_model(
+            folder,
+            device=setup.asked_device,
+            dtype=setup.dtype,
+            trust_remote_code=setup.trust_remote_code,
+            progress=self.progress,
+        )
+        return live, load_tokenizer(folder, setup.trust_remote_code)
+
+    def source(self) -> tuple[Any, Any]:
+        """The whole model, held until another one is loaded or healing begins."""
+        if self._source is None:
+            self._source = self.load(self.setup.source.folder)
+        return self._source
+
+    def rank(self) -> dict[str, Any]:
+        from layerprune.model.decoder import view_decoder
+        from layerprune.prune.rank import rank_live
+
+        live, tokenizer = self.source()
+        setup = self.setup
+        return dict(
+            rank_live(view_decoder(live), tokenizer, setup.rank, setup.source, seed=setup.seed, progress=self.progress)
+        )
+
+    def block(self, n: int, strategy: str, ranking: Mapping[str, Any] | None) -> Block:
+        from layerprune.prune.cut import choose_block
+
+        return choose_block(n / self.setup.layers, self.setup.layers, strategy, ranking)
+
+    def prune(self, out: Path, drop: float, strategy: str, ranking: Mapping[str, Any] | None) -> None:
+        """Write the cut checkpoint."""
+        from layerprune.prune.cut import prune_checkpoint
+
+        setup = self.setup
+        found = prune_checkpoint(
+            setup.source.name,
+            out,
+            drop=drop,
+            strategy=strategy,
+            ranking=ranking if strategy == "angular" else None,
+            seed=setup.seed,
+            trust_remote_code=setup.trust_remote_code,
+            verify=self.verify,
+            progress=self.progress,
+            say=self.say,
+        )
+        for what, how in found["verified"].items():
+            self.say(f"  {what}: {how}")
+
+    def check_healing(self) -> None:
+        """Refuse what healing would refuse (the architecture, the targets, the data), before anything is ranked."""
+        from layerprune.heal.train import check_healing
+
+        setup = self.setup
+        assert setup.heal is not None
+        check_healing(
+            setup.source, data=setup.heal.data, seed=setup.seed, trust_remote_code=setup.trust_remote_code, **setup.heal_options
+        )
+
+    def heal(self, pruned: Path, healed: Path, adapter: Path, work: Path) -> None:
+        """Heal a cut checkpoint."""
+        from layerprune.heal.train import heal_checkpoint
+
+        self._source = None
+        setup = self.setup
+        assert setup.heal is not None
+        heal_checkpoint(
+            pruned,
+            healed,
+            data=setup.heal.data if setup.own_heal_data else None,
+            seed=setup.seed,
+            device=setup.asked_device,
+            trust_remote_code=setup.trust_remote_code,
+            adapter=adapter,
+            work=work,
+            report=self.say,
+            progress=self.progress,
+            **setup.heal_options,
+        )
+
+    def ready(self) -> tuple[Any, Any]:
+        """The tasks (None without any) and the loss sequences; loaded once."""
+        from layerprune.eval.evaluate import loss_sequences
+        from layerprune.eval.tasks import load_tasks
+        from layerprune.model.load import load_tokenizer
+
+        if self._ready is None:
+            setup, chosen = self.setup, self.setup.evaluation
+            tasks = load_tasks(setup.tasks, setup.task_folder, setup.seed) if setup.tasks else None
+            config = load_config(setup.source.folder, setup.trust_remote_code)
+            tokenizer = load_tokenizer(setup.source.folder, setup.trust_remote_code)
+            sequences = loss_sequences(
+                tokenizer, config, chosen.data, chosen.samples, chosen.length, setup.seed, self.progress
+            )
+            self._ready = (tasks, sequences)
+        return self._ready
+
+    def measure(self, live: Any, tokenizer: Any) -> dict[str, Any]:
+        """Loss and tasks of one live model."""
+        from layerprune.eval.evaluate import evaluate_live
+
+        tasks, sequences = self.ready()
+        return evaluate_live(
+            live,
+            tokenizer,
+            tasks=tasks,
+            limit=self.setup.evaluation.limit,
+            sequences=sequences,
+            batch_size=self.batch_size,
+            seed=self.setup.seed,
+            samples=True,
+            progress=self.progress,
+        )
+
+    def sweep(self, kept: Iterable[Kept], answers: Path) -> dict[Kept, dict[str, Any] | None]:
+        """Loss and tasks of the source under many virtual cuts; None where it cannot run."""
+        from layerprune.eval.answers import Answers
+        from layerprune.eval.sweep import sweep_live
+
+        live, tokenizer = self.source()
+        tasks, sequences = self.ready()
+        return sweep_live(
+            live,
+            tokenizer,
+            kept,
+            tasks=tasks,
+            sequences=sequences,
+            answers=Answers(answers),
+            limit=self.setup.evaluation.limit,
+            batch_size=self.batch_size,
+            seed=self.setup.seed,
+            progress=self.progress,
+            say=self.say,
+        )
+
+    def speed(self, live: Any, tokenizer: Any) -> dict[str, Any]:
+        from layerprune.eval.speed import generation_speed
+
+        return generation_speed(live, tokenizer)
+
+    def sizes(self, folder: Path) -> dict[str, Any]:
+        """layers, parameters and bytes of a written checkpoint."""
+        stored = read_checkpoint(folder)
+        return {
+            "layers": layer_count(load_config(folder, self.setup.trust_remote_code)),
+            "parameters": sum(tensor.numel for tensor in stored.values()),
+            "bytes": sum(tensor.nbytes for tensor in stored.values()),
+        }

@@ -1,0 +1,272 @@
+"""`layerprune sweep`: the whole curve, both strategies, healed where asked, in one folder that can be extended."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from layerprune.curve import layer_parameters, row, write_curve
+from layerprune.eval.collapse import check_keep
+from layerprune.model.config import layer_count, load_config
+from layerprune.model.cuts import Kept, drop_count
+from layerprune.model.errors import UsageError
+from layerprune.model.files import read_json, write_json
+from layerprune.model.source import find_model
+from layerprune.model.tree import CutTree
+from layerprune.runfolder import RunFolder, open_run
+from layerprune.runplan import Setup, check_strategy, set_up
+from layerprune.stages import Say, Stages, to_stderr
+
+STRATEGIES = ("angular", "last")
+
+
+def sweep(
+    model: str | Path,
+    *,
+    strategies: Sequence[str] = STRATEGIES,
+    drops: str | Sequence[float] | None = None,
+    heal: Sequence[float] = (),
+    keep: float = 0.95,
+    out: str | Path | None = None,
+    progress: bool = False,
+    say: Say = to_stderr,
+    batch_size: int | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure every depth of a model: normalised loss and tasks against the layers dropped, and where they collapse.
+
+    model: recipe name, Hub id or local folder. strategies: `angular`, `last` or both. drops: fractions, as numbers or as
+    text such as `0:0.5` or `0.1,0.2:0.4`; None for every n from 1 to L-1. All cuts that are not healed come from one pass
+    over the data. heal: fractions at which each strategy's cut is written and healed too. keep: the share of the accuracy
+    above chance that the recommendation keeps. settings: those of `layerprune.runplan.set_up` (tasks, data, limits).
+
+    out: the folder, by default runs/<model>-sweep; it gets rank.json (with `angular`), answers/ (each sample's answer at
+    each depth), the curve (curve.json, curve.csv, items.json, collapse.json), figures/, report.html and
+    heal/<strategy>-<n>/ with the healed checkpoints. A call for the same folder adds to what is there: more depths, tasks,
+    strategies or healing; a killed one goes on. Returns what `layerprune.report.format_sweep` prints. Raises UsageError
+    and Refused.
+    """
+    check_keep(keep)
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size} is not a number above 0")
+    plan = plan_sweep(model, strategies, drops, heal, **settings)
+    folder = Path(out) if out is not None else Path("runs") / f"{plan.setup.source.label}-sweep"
+    with open_run(folder, {"kind": "sweep", **plan.setup.measured_inputs()}, plan.setup.given()) as opened:
+        plan = plan.joined(opened)
+        asked = {**plan.asked(), "keep": keep}
+        if opened.finished and opened.manifest.get("asked") == asked and _whole(folder, plan):
+            say(f"{folder} holds this sweep, finished")
+        else:
+            opened.note(asked=asked, finished=False)
+            _Sweep(plan, opened, Stages(plan.setup, say, progress, None, batch_size), keep).all()
+        return {**opened.manifest["result"], "folder": str(folder)}
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep: a setup, the depths n of the curve, and those that are healed."""
+
+    setup: Setup
+    strategies: tuple[str, ...]
+    drops: tuple[int, ...]
+    heal: tuple[int, ...]
+
+    def asked(self) -> dict[str, Any]:
+        """What a later call for the same folder adds to."""
+        return {
+            "strategies": list(self.strategies),
+            "drops": list(self.drops),
+            "heal": list(self.heal),
+            "heal_settings": self.setup.heal_inputs() if self.heal else None,
+            "tasks": self.setup.tasks,
+        }
+
+    def joined(self, opened: RunFolder) -> SweepPlan:
+        """This plan with what the folder was asked for before. Raises UsageError where they contradict each other."""
+        before = opened.manifest.get("asked")
+        if before is None:
+            return self
+        for task, shots in before["tasks"].items():
+            if self.setup.tasks.get(task, shots) != shots:
+                raise UsageError(
+                    f"{opened.path} holds a sweep of {task} with {shots} in-context examples, now {self.setup.tasks[task]}: choose "
+                    "another --out"
+                )
+        if self.heal and before["heal_settings"] not in (None, self.setup.heal_inputs()):
+            raise UsageError(f"{opened.path} holds cuts that were healed with other settings: choose another --out")
+        if before["heal"] and not self.heal and self.setup.heal_inputs() != before["heal_settings"]:
+            raise UsageError(
+                f"{opened.path} holds cuts that were healed with other settings: give the same --heal-data and --heal-steps"
+            )
+        return replace(
+            self,
+            setup=replace(self.setup, tasks={**before["tasks"], **self.setup.tasks}),
+            strategies=tuple(s for s in STRATEGIES if s in before["strategies"] or s in self.strategies),
+            drops=tuple(sorted({*before["drops"], *self.drops})),
+            heal=tuple(sorted({*before["heal"], *self.heal})),
+        )
+
+
+def plan_sweep(
+    model: str | Path, strategies: Sequence[str], drops: str | Sequence[float] | None, heal: Sequence[float], **settings: Any
+) -> SweepPlan:
+    """Resolve and check a sweep; nothing is loaded. Raises UsageError and Refused."""
+    for strategy in strategies:
+        check_strategy(strategy)
+    if not strategies:
+        raise UsageError("--strategy is empty: give angular, last or both")
+    source = find_model(str(model))
+    layers = layer_count(load_config(source.folder, settings.get("trust_remote_code", False)))
+    depths = parse_drops(drops, layers)
+    healed = tuple(sorted({drop_count(fraction, layers) for fraction in heal}))
+    setup = set_up(source, heal=bool(heal), **settings)
+    ordered = tuple(s for s in STRATEGIES if s in strategies)
+    return SweepPlan(setup, ordered, tuple(sorted({*depths, *healed})), healed)
+
+
+def parse_drops(drops: str | Sequence[float] | None, layers: int) -> tuple[int, ...]:
+    """Depths n from fractions: numbers, or text of fractions and ranges such as `0.1,0.2:0.4`; None for 1..L-1.
+
+    A range takes every n with a L <= n <= b L, both ends included. Raises UsageError, also where no depth is left.
+    """
+    if drops is None:
+        return tuple(range(1, layers))
+    if isinstance(drops, str):
+        parts: list[str] = [part.strip() for part in drops.split(",")]
+    else:
+        parts = [repr(float(fraction)) for fraction in drops]
+    found: set[int] = set()
+    for part in parts:
+        low, colon, high = part.partition(":")
+        try:
+            first, last = float(low), float(high if colon else low)
+        except ValueError:
+            raise UsageError(f"--drops {part} is no fraction and no range of fractions, such as 0.1,0.2:0.5") from None
+        if not (0 <= first <= last <= 1):
+            raise UsageError(f"--drops {part}: use fractions from 0 to 1, the smaller one first, such as 0:0.5")
+        if colon:
+            found |= {n for n in range(1, layers) if first * layers - 1e-9 <= n <= last * layers + 1e-9}
+        elif first > 0:
+            found.add(drop_count(first, layers))
+    if not found:
+        raise UsageError(f"--drops {','.join(parts)} holds no depth of {layers} layers: one layer is {1 / layers:.3g} of them")
+    return tuple(sorted(found))
+
+
+def _whole(folder: Path, plan: SweepPlan) -> bool:
+    names = ["curve.json", "curve.csv", "items.json", "collapse.json"]
+    names += [f"heal/{strategy}-{n}/healed" for strategy in plan.strategies for n in plan.heal]
+    return all((folder / name).exists() for name in names)
+
+
+class _Sweep:
+    """The phases of one sweep, each skipped where its results lie in the folder."""
+
+    def __init__(self, plan: SweepPlan, folder: RunFolder, stages: Stages, keep: float) -> None:
+        self.plan, self.folder, self.path, self.stages, self.keep = plan, folder, folder.path, stages, keep
+        self.setup, self.layers, self.say = plan.setup, plan.setup.layers, stages.say
+
+    def all(self) -> None:
+        self.announce()
+        self.stages.ready()
+        if self.plan.heal:
+            self.stages.check_healing()
+        ranking = self.rank() if "angular" in self.plan.strategies else None
+        kept = self.kept(ranking)
+        with self.folder.phase("sweep"):
+            found = self.stages.sweep(kept.values(), self.path / "answers")
+        healed: dict[tuple[str, int], dict[str, Any]] = {}
+        for n in self.plan.heal:
+            for strategy in self.plan.strategies:
+                healed[strategy, n] = heal_depth(self.stages, self.path, strategy, n, ranking)
+        with self.folder.phase("figures"):
+            rows = self.rows(kept, found, healed)
+            curve = write_curve(self.path, self.setup.source.label, self.layers, rows, self.keep)
+            figures = self.draw(ranking, curve)
+        self.folder.finish(
+            {
+                "model": self.setup.source.name,
+                "layers": self.layers,
+                "rows": curve["rows"],
+                "collapse": read_json(self.path / "collapse.json"),
+                "figures": figures,
+            }
+        )
+
+    def announce(self) -> None:
+        setup, plan = self.setup, self.plan
+        shown = f"n = {plan.drops[0]} to {plan.drops[-1]}" if len(plan.drops) > 1 else f"n = {plan.drops[0]}"
+        self.say(
+            f"{setup.source.name}: {self.layers} layers; {len(plan.drops)} depths ({shown}) by {' and '.join(plan.strategies)}"
+            + (f"; healed at n = {', '.join(map(str, plan.heal))}" if plan.heal else "")
+        )
+        self.say(f"sweep folder {self.path}, device {setup.device}")
+
+    def rank(self) -> dict[str, Any]:
+        if not (self.path / "rank.json").exists():
+            self.say("ranking all blocks")
+        with self.folder.phase("rank"):
+            return dict(self.folder.once("rank.json", self.stages.rank))
+
+    def kept(self, ranking: Mapping[str, Any] | None) -> dict[tuple[str, int], Kept]:
+        """The layers that stay, by strategy and n; (first strategy, 0) is the whole model."""
+        found = {(self.plan.strategies[0], 0): tuple(range(self.layers))}
+        for strategy in self.plan.strategies:
+            for n in self.plan.drops:
+                found[strategy, n] = self.stages.block(n, strategy, ranking).kept(self.layers)
+        tree = CutTree(dict.fromkeys(found.values()), self.layers)
+        self.say(
+            f"{len(tree.branches)} models in one pass: {tree.applications:,} layer applications a batch instead of {tree.alone:,} "
+            f"({tree.alone / tree.applications:.1f} times fewer), at most {tree.alive} hidden states at once"
+        )
+        return found
+
+    def rows(
+        self,
+        kept: Mapping[tuple[str, int], Kept],
+        found: Mapping[Kept, dict[str, Any] | None],
+        healed: Mapping[tuple[str, int], dict[str, Any]],
+    ) -> list[dict[str, Any]]:
+        total, each = layer_parameters(self.setup.source.folder, self.layers)
+        made = []
+        for (strategy, n), stay in kept.items():
+            left = total - sum(each) + sum(each[i] for i in stay)
+            measured = found[stay]
+            if measured is not None:
+                made.append(row(self.layers, strategy, stay, False, measured, left))
+            if (strategy, n) in healed:
+                made.append(row(self.layers, strategy, stay, True, healed[strategy, n], left))
+        return made
+
+    def draw(self, ranking: dict[str, Any] | None, curve: dict[str, Any]) -> list[str]:
+        from layerprune.plots import plot_curves, plot_distances
+
+        label = self.setup.source.label
+        files = plot_curves(curve, self.path / "figures", label)
+        if ranking is not None:
+            files += plot_distances(ranking, self.path / "figures", label)
+        return [str(file.relative_to(self.path)) for file in files]
+
+
+def heal_depth(stages: Stages, folder: Path, strategy: str, n: int, ranking: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Cut n layers, heal, and measure what comes out, in heal/<strategy>-<n>/: healed/, adapter/ and eval.json.
+
+    Resumes in the middle of each step. The cut checkpoint is removed when it is healed; `layerprune prune` makes it again.
+    """
+    place = folder / "heal" / f"{strategy}-{n}"
+    if (place / "eval.json").exists():
+        return dict(read_json(place / "eval.json"))
+    place.mkdir(parents=True, exist_ok=True)
+    pruned, healed = place / "pruned", place / "healed"
+    stages.say(f"healing the cut of {n} layers ({strategy})")
+    if not healed.exists():
+        if not pruned.exists():
+            stages.prune(pruned, n / stages.setup.layers, strategy, ranking)
+        stages.heal(pruned, healed, place / "adapter", place / ".work")
+    live, tokenizer = stages.load(healed)
+    write_json(place / "eval.json", stages.measure(live, tokenizer))
+    shutil.rmtree(pruned, ignore_errors=True)
+    return dict(read_json(place / "eval.json"))

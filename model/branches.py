@@ -1,0 +1,206 @@
+"""Log-probabilities of single tokens under many virtual cuts of one live model, from one pass over a batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from layerprune.model.config import vocab_size
+from layerprune.model.cuts import Kept, describe_dropped
+from layerprune.model.decoder import Decoder, forward_logits, virtual_cut
+from layerprune.model.errors import Refused
+from layerprune.model.layerwise import Layerwise, State
+from layerprune.model.tree import CutTree, exact_branches
+
+
+@dataclass(frozen=True)
+class Asked:
+    """N tokens whose log-probability is asked, each at a position of a row; the same position may be asked for several.
+
+    row_P, position_P: the P places. place_N, token_N: place and token of each question, by ascending place.
+    back_N: where each question in the caller's order stands in that order.
+    """
+
+    row_P: torch.Tensor
+    position_P: torch.Tensor
+    place_N: torch.Tensor
+    token_N: torch.Tensor
+    back_N: torch.Tensor
+
+    @classmethod
+    def make(cls, row_N: torch.Tensor, position_N: torch.Tensor, token_N: torch.Tensor, tokens: int) -> Asked:
+        """From the questions in the caller's order; position p is the logits after token p. tokens: the batch's width."""
+        places, place_N = torch.unique(row_N * tokens + position_N, return_inverse=True)
+        place_N, order = torch.sort(place_N, stable=True)
+        return cls(places // tokens, places % tokens, place_N, token_N[order], torch.argsort(order))
+
+    def to(self, device: torch.device) -> Asked:
+        return Asked(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+class Branches:
+    """One live decoder under many `kept` tuples.
+
+    kept: those that the model can run; broken: the others, with the reason. shared: whether layers that branches have in
+    common are run once (`layerprune.model.tree`); False where this model does more between its layers than can be followed:
+    then every branch is a pass of its own. logit_bytes: what the logits of a slice of positions, and their log-softmax,
+    may take in float32. applications and heads count what was run: one layer, or the end of the model, on one batch.
+    """
+
+    def __init__(self, decoder: Decoder, kept: Iterable[Kept], logit_bytes: int) -> None:
+        self.decoder, self._vocab, self._logit_bytes = decoder, vocab_size(decoder.model.config), logit_bytes
+        every = tuple(dict.fromkeys(kept))
+        self.shared, self.broken = exact_branches(decoder, every, self._vocab)
+        self.kept = tuple(k for k in every if k not in self.broken)
+        self._layerwise = Layerwise(decoder) if self.shared else None
+        self._trees: dict[tuple[Kept, ...], CutTree] = {}
+        self.applications = self.heads = 0
+
+    def tree(self, kept: Sequence[Kept]) -> CutTree:
+        key = tuple(kept)
+        if key not in self._trees:
+            self._trees[key] = CutTree(key, len(self.decoder))
+        return self._trees[key]
+
+    def state_bytes(self, kept: Sequence[Kept]) -> int:
+        """What the hidden states of one token take when these branches are walked."""
+        config = self.decoder.model.config.get_text_config()
+        width = int(getattr(config, "hidden_size", 0) or self.decoder.model.get_input_embeddings().weight.shape[-1])
+        return (self.tree(kept).alive if self.shared else 1) * width * self.decoder.model.dtype.itemsize
+
+    @torch.no_grad()
+    def score(
+        self,
+        kept: Sequence[Kept],
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        asked: Asked,
+        dtype: torch.dtype | None = None,
+        greedy: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities (branches, N) in nats, on the CPU, in the order of the questions; with `greedy`, also whether
+        each token is the most probable one.
+
+        ids_BT is padded on the right; without a mask that is right too, since causal attention never looks there.
+        dtype: of the log-softmax, by default that of the logits. Raises Refused for what is not a number.
+        """
+        found: list[tuple[torch.Tensor, torch.Tensor | None] | None] = [None] * len(kept)
+        for ends, answer in self._each(kept, ids_BT, mask_BT, asked, dtype, greedy):
+            for end in ends:
+                found[end] = answer
+        back_N = asked.back_N.cpu()
+        value_AN = torch.stack([answer[0] for answer in found if answer is not None]).cpu()[:, back_N]
+        wrong = value_AN.isnan().any(dim=1)
+        if wrong.any():
+            cut = describe_dropped(kept[int(wrong.nonzero()[0])], len(self.decoder))
+            raise Refused(
+                f"the model's logits are not numbers (dropped layers: {cut}): its weights or this dtype overflow (try --dtype "
+                "float32)"
+            )
+        if not greedy:
+            return value_AN, None
+        flags = [answer[1] for answer in found if answer is not None and answer[1] is not None]
+        return value_AN, torch.stack(flags).cpu()[:, back_N]
+
+    def _each(
+        self,
+        kept: Sequence[Kept],
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        asked: Asked,
+        dtype: torch.dtype | None,
+        greedy: bool,
+    ) -> list[tuple[tuple[int, ...], tuple[torch.Tensor, torch.Tensor | None]]]:
+        found = []
+        if self._layerwise is not None:
+            tree, batch = self.tree(kept), self._layerwise.begin(ids_BT, mask_BT)
+            self.applications += tree.applications
+
+            def see(ends: tuple[int, ...], state: State) -> None:
+                place = asked.to(state.hidden.device)
+                found.append((ends, self._read(lambda r, p: batch.logits(state, r, p), place, dtype, greedy)))
+
+            tree.walk(batch, see)
+            return found
+        for number, one in enumerate(kept):
+            with virtual_cut(self.decoder, one):
+                logits_BTV = forward_logits(self.decoder, ids_BT, mask_BT)
+            self.applications += len(one)
+            place = asked.to(logits_BTV.device)
+            found.append(((number,), self._read(functools.partial(_at, logits_BTV), place, dtype, greedy)))
+        return found
+
+    def _read(
+        self,
+        logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        asked: Asked,
+        dtype: torch.dtype | None,
+        greedy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Answer the questions of one branch, in slices of places."""
+        self.heads += 1
+        values, flags = [], []
+        step = self._slice(asked.row_P.device.type)
+        places = len(asked.row_P)
+        edges = [*range(0, places, step), places]
+        ends = [0, len(asked.place_N)]
+        if len(edges) > 2:
+            ends = torch.searchsorted(asked.place_N, torch.tensor(edges, device=asked.place_N.device)).tolist()
+        for i in range(len(edges) - 1):
+            part, ask = slice(edges[i], edges[i + 1]), slice(ends[i], ends[i + 1])
+            logits_PV = logits(asked.row_P[part], asked.position_P[part])
+            place_N = (asked.place_N[ask] - edges[i]).to(logits_PV.device)
+            value_N, greedy_N = _log_probabilities(logits_PV, place_N, asked.token_N[ask].to(logits_PV.device), dtype, greedy)
+            values.append(value_N)
+            if greedy_N is not None:
+                flags.append(greedy_N)
+        return torch.cat(values), torch.cat(flags) if greedy else None
+
+    def _slice(self, device: str) -> int:
+        """Places whose logits are computed at once.
+
+        On a CPU a large tensor is fresh memory each time, which costs more than computing it where the model is narrow:
+        there a slice is what the allocator reuses, unless the head's own weights would then be read too often.
+        """
+        most = max(1, self._logit_bytes // (8 * self._vocab))
+        if device != "cpu":
+            return most
+        width = self.decoder.model.get_input_embeddings().weight.shape[-1]
+        return min(most, max((24 << 20) // (4 * self._vocab), width // 4, 1))
+
+
+def _log_probabilities(
+    logits_PV: torch.Tensor, place_N: torch.Tensor, token_N: torch.Tensor, dtype: torch.dtype | None, greedy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-softmax in `dtype` at (place, token); on a CPU a few places at a time, so that it stays in the cache."""
+    step = len(logits_PV) if logits_PV.device.type != "cpu" else max(1, (2 << 20) // (4 * logits_PV.shape[1]))
+    value_N = torch.empty(len(token_N), dtype=dtype or logits_PV.dtype, device=logits_PV.device)
+    best_P = torch.empty(len(logits_PV), dtype=torch.long, device=logits_PV.device)
+    starts = range(0, len(logits_PV), step)
+    # place_N ascends: each chunk of places answers one run of questions
+    ends = [len(place_N)] if len(starts) == 1 else torch.searchsorted(place_N, torch.tensor([*starts[1:], len(logits_PV)])).tolist()
+    begin = 0
+    for start, end in zip(starts, ends, strict=True):
+        logp_CV = F.log_softmax(logits_PV[start : start + step], dim=-1, dtype=dtype)
+        value_N[begin:end] = logp_CV[place_N[begin:end] - start, token_N[begin:end]]
+        if greedy:
+            best_P[start : start + step] = logp_CV.argmax(dim=-1)
+        begin = end
+    return value_N, best_P[place_N] == token_N if greedy else None
+
+
+def _at(logits_BTV: torch.Tensor, row_P: torch.Tensor, position_P: torch.Tensor) -> torch.Tensor:
+    return logits_BTV[row_P, position_P]
+
+
+def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Token ids (rows, longest row), zeros on the right."""
+    ids_BT = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
+    for b, ids in enumerate(rows):
+        ids_BT[b, : len(ids)] = torch.tensor(ids)
+    return ids_BT
+
