@@ -67,8 +67,8 @@ def _heatmap(rank: Mapping[str, Any], title: str) -> Any:
         ms=max(2.0, min(6.0, 160 / layers)), mec="black", mew=0.5, label="smallest distance of each block size",
         path_effects=[withStroke(linewidth=2.2 if thin else 3.2, foreground="black")],
     )  # fmt: skip
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=9, min_n_ticks=1))
     axes.set(xlabel=_START, ylabel="block size, n", title=title)
     handles, beyond = axes.get_legend_handles_labels()[0], bool((shown_NL[:, 0] > 1).any())
     if beyond:
@@ -102,7 +102,7 @@ def _distance_lines(rank: Mapping[str, Any], title: str) -> Any:
     axes.set(xlabel=_START, ylabel="angular distance (0 to 1)", title=title)
     axes.set_ylim(bottom=0)
     axes.set_xlim(-0.02 * layers, layers - 1 + 0.06 * layers)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9, min_n_ticks=1))
     figure.legend(loc="outside lower center")
     if len(rows) > 1:
         edges = [n + 0.5 for n in range(layers)]

@@ -23,6 +23,8 @@ _LEAST_SPAN = 0.4
 """Range of accuracy that a panel shows at least, so that noise does not fill it."""
 _LEGEND_INCHES = 3.1
 """Width that a column of the legend may take."""
+_LEGEND_LINE = 0.19
+"""Height of its lines."""
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "layerprune",
@@ -75,7 +77,7 @@ def grid(count: int, title: str) -> tuple[Any, list[Any], Any]:
     """A figure of `count` panels: the figure, its panels, and an empty place for the legend, None where there is none."""
     columns = count if count <= 3 else 2 if count == 4 else 3
     lines = math.ceil(count / columns)
-    figure = new_figure(max(6.6, 4.6 * columns), 1.5 + 3.2 * lines)
+    figure = new_figure(max(6.6, 4.6 * columns), 1.1 + 3.2 * lines)
     panels = [figure.add_subplot(lines, columns, i + 1) for i in range(count)]
     hole = None
     if count < lines * columns:
@@ -97,6 +99,7 @@ def legend(figure: Any, panels: Sequence[Any], hole: Any, extra: Sequence[Any] =
         hole.legend(found.values(), labels, loc="center", handlelength=3.5)
         return
     columns = max(1, min(len(found), int(figure.get_figwidth() / _LEGEND_INCHES)))
+    figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * math.ceil(len("\n".join(labels).split("\n")) / columns))
     figure.legend(found.values(), labels, loc="outside lower center", ncols=columns, handlelength=3.5)
 
 
@@ -123,9 +126,10 @@ def chance_lines(axes: Any, chances: Sequence[float]) -> None:
 def loss_panel(axes: Any, whole: float | None, lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> None:
     """Title and axis of normalised loss, and its line at 1; what lies far above is cut and marked by arrows at the top.
 
-    whole: loss of the whole model. lines: of each series its colour and its points (fraction dropped, loss; infinity
-    is one far above). The axis ends at LOSS_TOP, or higher for a whole model that is itself near it, unless all points
-    lie less than a tenth above that. Call it with the data drawn.
+    whole: loss of the whole model. lines: of each series its colour and its points in order (fraction dropped, loss;
+    infinity is one far above). The axis ends at LOSS_TOP, or higher for a whole model that is itself near it, unless all
+    points lie less than a tenth above that. An arrow stands at the first point of each stretch that is cut off. Call it
+    with the data drawn.
     """
     axes.axhline(1, color=GREY, ls=":", lw=1.4, zorder=2, label="uniform guess (loss = 1)")
     axes.set(title="loss", ylabel="normalised loss (nats per token / ln V)")
@@ -139,12 +143,11 @@ def loss_panel(axes: Any, whole: float | None, lines: Sequence[tuple[str, Sequen
     axes.set_ylim(0, top)
     shown = "infinity" if math.isinf(max(values)) else f"{max(values):.3g}"
     for place, (colour, points) in enumerate(lines):
-        above = [x for x, y in points if y > top]
-        axes.plot(
-            above, [top * (0.98 - 0.035 * place)] * len(above), "^", color=colour, mec="black", mew=0.4, zorder=7,
-            ms=3.5 if len(points) > CROWDED else 5.5,
-        )  # fmt: skip
-    axes.plot([], [], "^", color="white", mec="black", ms=5.5, label=f"loss above {top:.3g} (largest {shown})")
+        before = [0.0, *(y for _, y in points)]
+        above = [x for (x, y), last in zip(points, before, strict=False) if y > top >= last]
+        height = [top * (0.975 - 0.035 * place)] * len(above)  # series that leave at the same depth stand one below the other
+        axes.plot(above, height, "^", color=colour, mec="black", mew=0.5, ms=6, zorder=7, gid="above")
+    axes.plot([], [], "^", color="white", mec="black", mew=0.5, ms=6, label=f"loss goes above {top:.3g} (largest {shown})")
 
 
 def fraction_axis(axes: Any, most: float, layers: int | None = None) -> None:

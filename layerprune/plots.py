@@ -9,8 +9,20 @@ from typing import Any
 
 from layerprune.curve import CONFIDENCE, series
 from layerprune.figures import (
-    BLUE, CROWDED, GREY, VERMILLION, chance_lines, fraction_axis, grid, legend, look, loss_panel, number, save, task_panel,
-)  # fmt: skip
+    BLUE,
+    CROWDED,
+    GREY,
+    VERMILLION,
+    chance_lines,
+    fraction_axis,
+    grid,
+    legend,
+    look,
+    loss_panel,
+    number,
+    save,
+    task_panel,
+)
 
 # In grey print the markers, their filling and the dashes tell series apart.
 _SERIES: dict[str, dict[str, Any]] = {
@@ -75,7 +87,8 @@ def _panels(curve: Mapping[str, Any], found: Mapping[str, Any], tasks: Sequence[
 
 
 def _task_panel(axes: Any, lines: Mapping[str, Sequence[Mapping[str, Any]]], task: str) -> None:
-    chances = []
+    chances: list[float] = []
+    kinds: list[str] = []
     for name, rows in lines.items():
         points, bands = [], []
         for row in rows:
@@ -86,7 +99,10 @@ def _task_panel(axes: Any, lines: Mapping[str, Sequence[Mapping[str, Any]]], tas
             if value is not None:
                 points.append((row["fraction"], value))
                 bands.append(_band(score))
+        kinds += [band[2] for band in bands if band is not None]
         _line(axes, name, points, bands)
+    for kind in dict.fromkeys(kinds):
+        axes.fill_between([], [], color=GREY, alpha=0.25, lw=0, label=kind)
     chance_lines(axes, chances)
     task_panel(axes, task)
 
@@ -105,29 +121,26 @@ def _line(
     points: Sequence[tuple[float, float]],
     bands: Sequence[tuple[float, float, str] | None],
 ) -> None:
-    """The line of one series. One healed depth is a point: a line to it would show what nobody measured."""
+    """The line and the bands of one series."""
     style, front, healed = dict(_SERIES[name]), name.startswith("angular"), name.endswith(" healed")
-    if healed and len(points) == 2:
+    alone = _alone(name, points)
+    if alone:
         points, bands, style["ls"] = points[1:], bands[1:], ""
-        if bands[0] is not None:
-            (x, y), (low, high, kind) = points[0], bands[0]
-            # the two strategies' bars stand beside each other when they are of the same depth
-            axes.vlines(x + (-0.002 if front else 0.002), low, high, color=style["color"], lw=1.4, zorder=3)
-            _legend_patch(axes, kind)
     # Where two strategies agree, the thin line lies on the thick one and both are seen.
     axes.plot(
         [x for x, _ in points], [y for _, y in points], lw=1.3 if front else 2.4, mew=1, zorder=(4 if front else 3) + 2 * healed,
         ms=(3 if len(points) > CROWDED else 4.5) + (not front), **style,
     )  # fmt: skip
-    drawn = [(x, *band) for (x, _), band in zip(points, bands, strict=True) if band is not None]
-    if drawn and style["ls"]:
-        x, low, high, kind = zip(*drawn, strict=True)
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0, zorder=1)
-        _legend_patch(axes, kind[-1])
+    drawn = [(x, band[0], band[1]) for (x, _), band in zip(points, bands, strict=True) if band is not None]
+    if drawn and alone:
+        axes.vlines(*drawn[0], color=style["color"], lw=1.4 if front else 3, zorder=3)
+    elif drawn:
+        axes.fill_between(*zip(*drawn, strict=True), color=style["color"], alpha=0.15, lw=0, zorder=1)
 
 
-def _legend_patch(axes: Any, label: str) -> None:
-    axes.fill_between([], [], color=GREY, alpha=0.25, lw=0, label=label)
+def _alone(name: str, points: Sequence[Any]) -> bool:
+    """Whether one depth only was healed: it is drawn as a point, for a line to it would show what nobody measured."""
+    return name.endswith(" healed") and len(points) == 2
 
 
 def _collapse_strip(
@@ -165,23 +178,25 @@ def _collapse_strip(
             axes.plot([first, first], [y, value], color=style["color"], lw=0.8, ls=(0, (1, 2)), zorder=2, gid="stem")
     axes.set_yticks(ticks)
     axes.set_ylim(bottom, high)
-    axes.plot([], [], "D-", color=GREY, ms=4.5, lw=1, label="collapse: first depth at the lower level, from the depth before")
+    told = "collapse: first depth at the lower level (line: from the depth measured before)"
+    axes.plot([], [], "D-", color=GREY, ms=4.5, lw=1, label=told)
     axes.plot([], [], color=GREY, lw=5, alpha=0.35, solid_capstyle="butt", label=f"{100 * CONFIDENCE:g} % interval of that depth")
 
 
 def _loss_panel(axes: Any, lines: Mapping[str, Sequence[Mapping[str, Any]]], found: Mapping[str, Any]) -> None:
     drawn = []
+    rises = False
     for name, rows in lines.items():
-        points = [(r["fraction"], float(r["loss"])) for r in rows if isinstance(r.get("loss"), int | float)]
-        points = [(x, y) for x, y in points if not math.isnan(y)]
-        _line(axes, name, points, [None] * len(points))
-        drawn.append((_SERIES[name]["color"], points))
+        points = {r["n"]: (r["fraction"], float(r["loss"])) for r in rows if isinstance(r.get("loss"), int | float)}
+        points = {n: point for n, point in points.items() if not math.isnan(point[1])}
+        _line(axes, name, list(points.values()), [None] * len(points))
+        drawn.append((_SERIES[name]["color"], list(points.values())))
         rise = (found.get(name) or {}).get("loss") or {}
-        ends = [(r["fraction"], number(r.get("loss"))) for r in rows if r["n"] in (rise.get("from_n"), rise.get("to_n"))]
-        if rise.get("to_n") is not None and len(ends) == 2 and None not in (y for _, y in ends):
-            axes.plot(
-                *zip(*ends, strict=True), color=_SERIES[name]["color"], lw=9, alpha=0.3, solid_capstyle="round", zorder=2, gid="rise"
-            )
-            axes.plot([], [], color=GREY, lw=9, alpha=0.3, solid_capstyle="round", label="sharpest rise of the loss")
+        if rise.get("from_n") in points and rise.get("to_n") in points and not _alone(name, points):
+            x, y = zip(points[rise["from_n"]], points[rise["to_n"]], strict=True)
+            axes.plot(x, y, color=_SERIES[name]["color"], lw=9, alpha=0.3, solid_capstyle="round", zorder=2, gid="rise")
+            rises = True
     whole = next(iter(lines.values()))[0]
     loss_panel(axes, number(whole.get("loss")) if whole["n"] == 0 else None, drawn)
+    if rises:
+        axes.plot([], [], color=GREY, lw=9, alpha=0.3, solid_capstyle="butt", label="sharpest rise of the loss")

@@ -177,6 +177,8 @@ def _log_probabilities(
     logits_PV: torch.Tensor, place_N: torch.Tensor, token_N: torch.Tensor, dtype: torch.dtype | None, greedy: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-softmax in `dtype` at (place, token); on a CPU a few places at a time, so that it stays in the cache."""
+    if logits_PV.device.type == "cuda" and dtype == torch.float32 and not greedy:
+        return _fused()(logits_PV, place_N, token_N), None
     step = len(logits_PV) if logits_PV.device.type != "cpu" else max(1, (2 << 20) // (4 * logits_PV.shape[1]))
     value_N = torch.empty(len(token_N), dtype=dtype or logits_PV.dtype, device=logits_PV.device)
     best_P = torch.empty(len(logits_PV), dtype=torch.long, device=logits_PV.device)
@@ -191,6 +193,24 @@ def _log_probabilities(
             best_P[start : start + step] = logp_CV.argmax(dim=-1)
         begin = end
     return value_N, best_P[place_N] == token_N if greedy else None
+
+
+def _differences(logits_PV: torch.Tensor, place_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
+    """log p of each question, float32."""
+    return logits_PV[place_N, token_N].float() - torch.logsumexp(logits_PV.float(), dim=-1)[place_N]
+
+
+@functools.cache
+def _fused() -> Callable[..., torch.Tensor]:
+    """`_differences` as one kernel, which reads the logits and writes nothing of their size; in plain steps where nothing
+    can be compiled. Seven eighths of a softmax's time on a GPU are float32 copies of the logits."""
+    try:
+        compiled = torch.compile(_differences, dynamic=True)
+        some = torch.zeros(1, dtype=torch.long, device="cuda")
+        compiled(torch.zeros((3, 5), device="cuda", dtype=torch.bfloat16), some, some)
+        return compiled
+    except Exception:  # no compiler, no Triton: whatever the reason, the plain steps are right
+        return _differences
 
 
 def _at(logits_BTV: torch.Tensor, row_P: torch.Tensor, position_P: torch.Tensor) -> torch.Tensor:
