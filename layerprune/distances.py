@@ -8,7 +8,7 @@ from typing import Any
 
 from layerprune.figures import look, new_figure, save
 
-_START = "first layer of the block, $\\ell$ (0-based)"
+_START = "first layer of the block, ℓ (0-based)"
 
 
 def plot_distances(rank: Mapping[str, Any], folder: str | Path, model: str = "") -> list[Path]:
@@ -57,8 +57,8 @@ def _heatmap(rank: Mapping[str, Any], title: str) -> Any:
         shown_NL, origin="lower", aspect="auto", cmap=colormaps["viridis"].with_extremes(over="#e6e6e6"), vmin=0, vmax=1,
         interpolation="nearest", extent=(-0.5, layers - 0.5, 0.5, layers - 0.5),
     )  # fmt: skip
-    above = {"facecolor": "#e6e6e6", "edgecolor": "#7f7f7f", "hatch": "////", "lw": 0}
-    for index in np.flatnonzero(shown_NL[:, 0] > 1):
+    above: dict[str, Any] = {"facecolor": "#e6e6e6", "edgecolor": "#7f7f7f", "hatch": "////", "lw": 0}
+    for index in np.flatnonzero(shown_NL[:, 0] > 1).tolist():
         axes.add_patch(Rectangle((-0.5, index + 0.5), 1, 1, **above))
     best = sorted((int(n), start) for n, start in rank["best"].items())
     thin = layers > 40
@@ -72,10 +72,10 @@ def _heatmap(rank: Mapping[str, Any], title: str) -> Any:
     axes.set(xlabel=_START, ylabel="block size, n", title=title)
     handles, beyond = axes.get_legend_handles_labels()[0], bool((shown_NL[:, 0] > 1).any())
     if beyond:
-        handles.append(Patch(**above, label="$\\ell$ = 0, above the colour scale"))
+        handles.append(Patch(**above, label="ℓ = 0, above the colour scale"))
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label("angular distance, rescaled in each row\n(0 = smallest, 1 = largest with $\\ell$ ≥ 1)")
+    bar.set_label("angular distance, rescaled in each row\n(0 = smallest, 1 = largest with ℓ ≥ 1)")
     bar.outline.set_visible(False)
     return figure
 

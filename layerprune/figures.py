@@ -87,13 +87,12 @@ def grid(count: int, title: str) -> tuple[Any, list[Any], Any]:
     return figure, panels, hole
 
 
-def legend(figure: Any, panels: Sequence[Any], hole: Any, extra: Sequence[Any] = ()) -> None:
-    """One legend for all panels: every label once, then `extra` artists; in the grid's empty place, else below."""
-    found: dict[str, Any] = {}
+def legend(figure: Any, panels: Sequence[Any], hole: Any, first: Sequence[Any] = ()) -> None:
+    """One legend for all panels: the artists `first`, then every label once; in the grid's empty place, else below."""
+    found: dict[str, Any] = {artist.get_label(): artist for artist in first}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    found |= {artist.get_label(): artist for artist in extra}
     labels = [textwrap.fill(label, 46) for label in found]
     if hole is not None and len("\n".join(labels).split("\n")) <= 15:
         hole.legend(found.values(), labels, loc="center", handlelength=3.5)

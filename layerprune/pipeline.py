@@ -157,7 +157,8 @@ class _Run:
         return made
 
     def draw(self, ranking: dict[str, Any], curve: dict[str, Any]) -> list[str]:
-        from layerprune.plots import plot_curves, plot_distances
+        from layerprune.distances import plot_distances
+        from layerprune.plots import plot_curves
 
         label = self.plan.source.label
         files = plot_curves(curve, self.path / "figures", label) + plot_distances(ranking, self.path / "figures", label)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def _line(
         axes.fill_between(*zip(*drawn, strict=True), color=style["color"], alpha=0.15, lw=0, zorder=1)
 
 
-def _alone(name: str, points: Sequence[Any]) -> bool:
+def _alone(name: str, points: Collection[Any]) -> bool:
     """Whether one depth only was healed: it is drawn as a point, for a line to it would show what nobody measured."""
     return name.endswith(" healed") and len(points) == 2
 

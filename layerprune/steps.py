@@ -12,7 +12,7 @@ from layerprune.model.source import ModelSource
 
 def rank(model: str | Path, out: str | Path | None = None, **settings: Any) -> dict[str, Any]:
     """`rank_blocks`, written to a new folder as rank.json and figures/; returns the ranking with `folder`."""
-    from layerprune.plots import plot_distances
+    from layerprune.distances import plot_distances
     from layerprune.prune.rank import rank_blocks
 
     label, folder = _label(model), default_folder(out, model, "rank")

@@ -242,7 +242,8 @@ class _Sweep:
         return made
 
     def draw(self, ranking: dict[str, Any] | None, curve: dict[str, Any]) -> list[str]:
-        from layerprune.plots import plot_curves, plot_distances
+        from layerprune.distances import plot_distances
+        from layerprune.plots import plot_curves
 
         label = self.setup.source.label
         files = plot_curves(curve, self.path / "figures", label)

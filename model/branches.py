@@ -116,13 +116,21 @@ class Branches:
         greedy: bool,
     ) -> list[tuple[tuple[int, ...], tuple[torch.Tensor, torch.Tensor | None]]]:
         found = []
+        slices = self._slices(asked)  # found on the CPU: a GPU that is asked anything in between stands still
+        places: dict[torch.device, Asked] = {}
+
+        def at(device: torch.device) -> Asked:
+            if device not in places:
+                places[device] = asked.to(device)
+            return places[device]
+
         if self._layerwise is not None:
             tree, batch = self.tree(kept), self._layerwise.begin(ids_BT, mask_BT)
             self.applications += tree.applications
 
             def see(ends: tuple[int, ...], state: State) -> None:
-                place = asked.to(state.hidden.device)
-                found.append((ends, self._read(lambda r, p: batch.logits(state, r, p), place, dtype, greedy)))
+                read = functools.partial(batch.logits, state)
+                found.append((ends, self._read(read, at(state.hidden.device), slices, dtype, greedy)))
 
             tree.walk(batch, see)
             return found
@@ -130,47 +138,43 @@ class Branches:
             with virtual_cut(self.decoder, one):
                 logits_BTV = forward_logits(self.decoder, ids_BT, mask_BT)
             self.applications += len(one)
-            place = asked.to(logits_BTV.device)
-            found.append(((number,), self._read(functools.partial(_at, logits_BTV), place, dtype, greedy)))
+            read = functools.partial(_at, logits_BTV)
+            found.append(((number,), self._read(read, at(logits_BTV.device), slices, dtype, greedy)))
         return found
 
     def _read(
         self,
         logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         asked: Asked,
+        slices: Sequence[tuple[slice, slice]],
         dtype: torch.dtype | None,
         greedy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Answer the questions of one branch, in slices of places."""
+        """Answer the questions of one branch, in slices of places and the questions about them."""
         self.heads += 1
         values, flags = [], []
-        step = self._slice(asked.row_P.device.type)
-        places = len(asked.row_P)
-        edges = [*range(0, places, step), places]
-        ends = [0, len(asked.place_N)]
-        if len(edges) > 2:
-            ends = torch.searchsorted(asked.place_N, torch.tensor(edges, device=asked.place_N.device)).tolist()
-        for i in range(len(edges) - 1):
-            part, ask = slice(edges[i], edges[i + 1]), slice(ends[i], ends[i + 1])
+        for part, ask in slices:
             logits_PV = logits(asked.row_P[part], asked.position_P[part])
-            place_N = (asked.place_N[ask] - edges[i]).to(logits_PV.device)
+            place_N = (asked.place_N[ask] - part.start).to(logits_PV.device)
             value_N, greedy_N = _log_probabilities(logits_PV, place_N, asked.token_N[ask].to(logits_PV.device), dtype, greedy)
             values.append(value_N)
             if greedy_N is not None:
                 flags.append(greedy_N)
         return torch.cat(values), torch.cat(flags) if greedy else None
 
-    def _slice(self, device: str) -> int:
-        """Places whose logits are computed at once.
+    def _slices(self, asked: Asked) -> list[tuple[slice, slice]]:
+        """The places whose logits are computed at once, with the questions about them.
 
         On a CPU a large tensor is fresh memory each time, which costs more than computing it where the model is narrow:
         there a slice is what the allocator reuses, unless the head's own weights would then be read too often.
         """
-        most = max(1, self._logit_bytes // (8 * self._vocab))
-        if device != "cpu":
-            return most
-        width = self.decoder.model.get_input_embeddings().weight.shape[-1]
-        return min(most, max((24 << 20) // (4 * self._vocab), width // 4, 1))
+        step = max(1, self._logit_bytes // (8 * self._vocab))
+        if self.decoder.device.type == "cpu":
+            width = self.decoder.model.get_input_embeddings().weight.shape[-1]
+            step = min(step, max((24 << 20) // (4 * self._vocab), width // 4, 1))
+        edges = [*range(0, len(asked.row_P), step), len(asked.row_P)]
+        ends = torch.searchsorted(asked.place_N, torch.tensor(edges)).tolist()
+        return [(slice(edges[i], edges[i + 1]), slice(ends[i], ends[i + 1])) for i in range(len(edges) - 1)]
 
 
 def _log_probabilities(

@@ -82,7 +82,7 @@ class Layerwise:
         def other(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return self._output(first_hidden(args, kwargs))
 
-        ids_BT = torch.zeros((rows, tokens), dtype=torch.long)  # their embedding is thrown away
+        ids_BT = torch.zeros((rows, tokens), dtype=torch.long, device=self.decoder.device)  # thrown away
         with replaced_forwards((layer, other if i else first) for i, layer in enumerate(self.decoder.layers)):
             return forward_logits(self.decoder, ids_BT)
 
