@@ -19,6 +19,8 @@ _PUBLIC = {
     "evaluate_checkpoint": "layerprune.eval.evaluate",
     "run": "layerprune.pipeline",
     "sweep": "layerprune.sweeping",
+    "find": "layerprune.search",
+    "compare": "layerprune.comparison",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

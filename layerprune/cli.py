@@ -170,6 +170,34 @@ def sweep(strategy: str, tasks: str | None, heal: str | None, as_json: bool, **o
     _print(result, as_json, lambda: format_sweep(result))
 
 
+@main.command(short_help="The deepest cut that keeps the accuracy.")
+@_options(_model, _keep, _strategy, _tasks, _shots, _limit, _task_folder, _calibration, _heal_data, _eval_data)
+@click.option("--heal-steps", type=int, metavar="N", help="Optimizer steps of each healing  [5000, or the recipe's].")
+@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _out("runs/<model>-find"), _json, _v)
+def find(tasks: str | None, as_json: bool, **options: Any) -> None:
+    """How many layers can go, healed, so that a share of the accuracy above chance stays on every task?
+
+    The curve without healing says where to look; then few depths are cut, healed and measured. The answer's checkpoint stays.
+    """
+    from layerprune.report import format_find
+    from layerprune.search import find as find_cut
+
+    result = find_cut(tasks=_split(tasks), progress=True, **options)
+    _print(result, as_json, lambda: format_find(result))
+
+
+@main.command(short_help="Lay the curves of runs over one another.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN ...")
+@_options(_out("runs/compare-<models>"), _json, _v)
+def compare(runs: tuple[str, ...], out: str | None, as_json: bool) -> None:
+    """Lay the curves of run or sweep folders over one another: other models, families, strategies, healing."""
+    from layerprune.comparison import compare as compare_runs
+    from layerprune.comparison import format_compare
+
+    result = compare_runs(runs, out)
+    _print(result, as_json, lambda: format_compare(result))
+
+
 @main.command(short_help="Rank all blocks of layers in one pass.")
 @_options(_model, _calibration, _samples, _length, _seed, _dtype, _device, _trust, _out("runs/<model>-rank"), _json, _v)
 def rank(as_json: bool, **options: Any) -> None:

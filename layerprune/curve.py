@@ -108,11 +108,11 @@ def collapse(layers: int, rows: Sequence[Mapping[str, Any]], keep: float) -> dic
 
 
 def verdict(found: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The series whose recommendation drops most layers; ties go to the first: not healed before healed."""
+    """The series whose recommendation drops most layers, of equals the one whose estimates go deepest; None without any."""
     best = None
     for name, one in found["series"].items():
         advice = one["recommendation"]
-        if advice.get("n") is not None and (best is None or advice["n"] > best["n"]):
+        if best is None or (advice["n"], advice["likely"]) > (best["n"], best["likely"]):
             best = {"series": name, **advice, "fraction": advice["n"] / found["layers"]}
     return best
 

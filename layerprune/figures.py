@@ -21,10 +21,10 @@ CROWDED = 20
 """Points of a line from which on its markers are small."""
 _LEAST_SPAN = 0.4
 """Range of accuracy that a panel shows at least, so that noise does not fill it."""
-_LEGEND_INCHES = 3.1
-"""Width that a column of the legend may take."""
-_LEGEND_LINE = 0.19
-"""Height of its lines."""
+_PANEL = (4.6, 3.2)
+"""Width and height of a panel with its labels, in inches."""
+_LEGEND_COLUMN = 2.9
+"""Width in inches that a column of the legend takes at least where a figure has several."""
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "layerprune",
@@ -77,7 +77,7 @@ def grid(count: int, title: str) -> tuple[Any, list[Any], Any]:
     """A figure of `count` panels: the figure, its panels, and an empty place for the legend, None where there is none."""
     columns = count if count <= 3 else 2 if count == 4 else 3
     lines = math.ceil(count / columns)
-    figure = new_figure(max(6.6, 4.6 * columns), 1.1 + 3.2 * lines)
+    figure = new_figure(max(6.6, _PANEL[0] * columns), 1.0 + _PANEL[1] * lines)
     panels = [figure.add_subplot(lines, columns, i + 1) for i in range(count)]
     hole = None
     if count < lines * columns:
@@ -94,12 +94,24 @@ def legend(figure: Any, panels: Sequence[Any], hole: Any, first: Sequence[Any] =
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     labels = [textwrap.fill(label, 46) for label in found]
-    if hole is not None and len("\n".join(labels).split("\n")) <= 15:
-        hole.legend(found.values(), labels, loc="center", handlelength=3.5)
-        return
-    columns = max(1, min(len(found), int(figure.get_figwidth() / _LEGEND_INCHES)))
-    figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * math.ceil(len("\n".join(labels).split("\n")) / columns))
-    figure.legend(found.values(), labels, loc="outside lower center", ncols=columns, handlelength=3.5)
+    rest: dict[str, Any] = {"handles": list(found.values()), "labels": labels, "handlelength": 3.5}
+    if hole is not None:
+        width, height = _inches(figure, made := hole.legend(loc="center", **rest))
+        if width < _PANEL[0] - 0.1 and height < _PANEL[1] - 0.1:
+            return
+        made.remove()
+    for columns in range(max(1, min(len(found), int(figure.get_figwidth() / _LEGEND_COLUMN))), 0, -1):
+        width, height = _inches(figure, made := figure.legend(loc="outside lower center", ncols=columns, **rest))
+        if width < figure.get_figwidth() - 0.1 or columns == 1:
+            figure.set_figheight(figure.get_figheight() + height)
+            return
+        made.remove()
+
+
+def _inches(figure: Any, artist: Any) -> tuple[float, float]:
+    """Width and height of an artist."""
+    box = artist.get_window_extent(figure.canvas.get_renderer())
+    return box.width / figure.dpi, box.height / figure.dpi
 
 
 def task_panel(axes: Any, task: str) -> None:
@@ -141,11 +153,15 @@ def loss_panel(axes: Any, whole: float | None, lines: Sequence[tuple[str, Sequen
         return
     axes.set_ylim(0, top)
     shown = "infinity" if math.isinf(max(values)) else f"{max(values):.3g}"
-    for place, (colour, points) in enumerate(lines):
+    taken: list[float] = []
+    for colour, points in lines:
         before = [0.0, *(y for _, y in points)]
-        above = [x for (x, y), last in zip(points, before, strict=False) if y > top >= last]
-        height = [top * (0.975 - 0.035 * place)] * len(above)  # series that leave at the same depth stand one below the other
-        axes.plot(above, height, "^", color=colour, mec="black", mew=0.5, ms=6, zorder=7, gid="above")
+        for (x, y), last in zip(points, before, strict=False):
+            if y > top >= last:
+                below = sum(abs(x - other) < 0.02 for other in taken) % 5  # those that leave together stand one below the other
+                taken.append(x)
+                height = top * (0.975 - 0.035 * below)
+                axes.plot(x, height, "^", color=colour, mec="black", mew=0.5, ms=6, zorder=7, gid="above")
     axes.plot([], [], "^", color="white", mec="black", mew=0.5, ms=6, label=f"loss goes above {top:.3g} (largest {shown})")
 
 

@@ -11,6 +11,7 @@ from layerprune.eval.collapse import check_keep
 from layerprune.model.cuts import Block, Kept, last_block
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import read_json
+from layerprune.page import write_report
 from layerprune.runfolder import RunFolder, open_run
 from layerprune.runplan import Plan, plan_run, run_cost
 from layerprune.stages import Say, Stages, to_stderr
@@ -44,6 +45,8 @@ def run(
     folder = Path(out) if out is not None else Path("runs") / f"{plan.source.label}-{plan.strategy}-{drop:g}"
     with open_run(folder, {**plan.inputs(), "keep": keep}, plan.given()) as opened:
         if opened.finished:
+            if not (folder / "report.html").exists():  # killed between the two
+                write_report(folder)
             for name in ("pruned", *(("healed", "adapter") if plan.heal is not None else ())):
                 if not (folder / name).exists():
                     raise Refused(f"{folder} holds this run, finished, but its {name}/ is gone: choose another --out")
@@ -90,6 +93,7 @@ class _Run:
             curve = write_curve(self.path, self.plan.source.label, self.plan.layers, rows, self.keep)
             figures = self.draw(ranking, curve)
         self.folder.finish(self.result(evaluation, block, distance, figures))
+        write_report(self.path)
 
     def announce(self) -> None:
         plan = self.plan
@@ -161,7 +165,8 @@ class _Run:
         from layerprune.plots import plot_curves
 
         label = self.plan.source.label
-        files = plot_curves(curve, self.path / "figures", label) + plot_distances(ranking, self.path / "figures", label)
+        found = read_json(self.path / "collapse.json")
+        files = plot_curves(curve, self.path / "figures", label, found) + plot_distances(ranking, self.path / "figures", label)
         return [str(file.relative_to(self.path)) for file in files]
 
     def result(self, evaluation: dict[str, Any], block: Block, distance: float, figures: list[str]) -> dict[str, Any]:

@@ -49,6 +49,23 @@ def format_sweep(result: Mapping[str, Any]) -> str:
     )
 
 
+def format_find(result: Mapping[str, Any]) -> str:
+    """The answer, what it costs, which depths were healed, and why the search stopped."""
+    n, layers = result["n"], result["layers"]
+    goal = f"{100 * result['keep']:g} % of the accuracy above chance"
+    tested = ", ".join(f"{depth} {'passes' if passed else 'does not'}" for depth, passed in result["tested"])
+    head = f"{result['model']}: {n} of {layers} layers can go, healed ({result['strategy']}), and {goal} stays"
+    if n == 0:
+        head = f"{result['model']}: no cut, healed ({result['strategy']}), is shown to keep {goal}"
+    lines = [head, f"healed and measured, in this order: {tested}", f"stopped because {result['why']}"]
+    lines.append("assumed: once a depth does not pass, none deeper does")
+    advice = result["collapse"]["series"].get(f"{result['strategy']} healed", {}).get("recommendation")
+    if n and advice:
+        lines.append(advice["why"])
+    lines += ["", f"{result['folder']}: curve.csv, report.html, figures/"]
+    return "\n".join(lines + ([f"checkpoint  {result['folder']}/{result['checkpoint']}"] if n else []))
+
+
 def format_collapse(found: Mapping[str, Any]) -> list[str]:
     """Where each series collapses, and the recommendation, as lines."""
     lines = []
@@ -58,7 +75,10 @@ def format_collapse(found: Mapping[str, Any]) -> list[str]:
             step = data["transition"]
             if step["status"] == "collapses":
                 interval = f" ({step['low']} to {'beyond' if step['high'] is None else step['high']})"
-                parts.append(f"{task.removesuffix('/acc')} collapses at n = {step['first']}{interval if step['low'] else ''}")
+                where = f"at n = {step['first']}{interval if step['low'] else ''}"
+                if step["first"] - step["before"] > 1:  # nobody measured between
+                    where = f"between n = {step['before']} and {step['first']}"
+                parts.append(f"{task.removesuffix('/acc')} collapses {where}")
             else:
                 parts.append(f"{task.removesuffix('/acc')}: {step['status']}")
         loss = one["loss"]
@@ -69,9 +89,18 @@ def format_collapse(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"  {one['recommendation']['why']}")
     best = found["verdict"]
     if best is not None:
-        more = f" (by the estimates alone {best['likely']})" if best["likely"] != best["n"] else ""
-        lines += ["", f"recommended: drop {best['n']} layers, {best['series']}, to keep {100 * found['keep']:g} %{more}"]
+        lines += ["", _advice(best, found["keep"])]
     return lines
+
+
+def _advice(best: Mapping[str, Any], keep: float) -> str:
+    goal = f"keep {100 * keep:g} % of the accuracy above chance"
+    likely = f"by the estimates alone {best['likely']} layers could go ({best['series']})"
+    if best["n"]:
+        return f"recommended: drop {best['n']} layers ({best['series']}) to {goal}" + f"; {likely}" * (best["likely"] > best["n"])
+    if best["status"] == "no task above chance":
+        return f"no recommendation: {best['why']}"
+    return f"recommended: no cut is shown to {goal}" + f"; {likely}, which more items would show" * (best["likely"] > 0)
 
 
 def _columns(lines: list[tuple[str, ...]]) -> list[str]:

@@ -207,34 +207,48 @@ def set_up(
 
 def run_cost(plan: Plan, out: Path) -> str:
     """Disk and time of a run, estimated; refuses a disk that cannot hold it."""
-    from layerprune.model.estimate import DEVICES, estimate, shape_of_checkpoint
-
+    kept = 1 - plan.n / plan.layers
     try:
-        shape, width = shape_of_checkpoint(plan.source.folder)
+        found, kind = costs(plan, plan.n)
     except Refused as refusal:
-        kept = 1 - plan.n / plan.layers
         need = sum(t.nbytes for t in read_checkpoint(plan.source.folder).values()) * kept * (1 if plan.heal is None else 2)
         must_have_room(out, need, _held(out))
-        return f"estimate: up to {_bytes(need)} of disk; its time cannot be estimated ({refusal})"
-    base = plan.source.recipe
-    imagined = Recipe(
-        name=plan.source.label,
-        model=plan.source.name,
-        origin=base.origin if base else "ours",
-        shape=shape,
-        rank=replace(base.rank, **plan.rank) if base else replace(Recipe.rank, **plan.rank),
-        heal=plan.heal or HealSettings(steps=1),
-        eval=replace(plan.evaluation, tasks={t: s or 0 for t, s in plan.tasks.items()}),
-    )
-    kind = DEVICES["cpu" if plan.device == "cpu" else "h100"]
-    found = estimate(imagined, plan.n / plan.layers, kind, width)
+        return f"estimate: up to {as_bytes(need)} of disk; its time cannot be estimated ({refusal})"
     names = ["pruned"] if plan.heal is None else ["pruned", "healed", "work"]
     need = sum(found.disk[name] for name in names)
     must_have_room(out, need, _held(out))
-    hours = sum(s.hours * (1 if s.name in ("rank", "heal") else 2 + len(plan.curve)) for s in found.steps)
-    hours -= 0 if plan.heal else next(s.hours for s in found.steps if s.name == "heal")
-    unknown = f" (without the tasks {', '.join(found.unknown_tasks)})" if found.unknown_tasks else ""
-    return f"estimate: {_bytes(need)} of disk, {_time(hours)} on one {kind.name}{unknown}"
+    evaluations = 4  # whole, cut, healed, and what the curve adds to the whole
+    hours = sum(s.hours * (1 if s.name in ("rank", "heal") else evaluations) for s in found.steps)
+    hours -= 0 if plan.heal else step_hours(found, "heal")
+    return f"estimate: {as_bytes(need)} of disk, {as_time(hours)} on one {kind.name}{unknown_tasks(found)}"
+
+
+def costs(setup: Setup, n: int) -> tuple[Any, Any]:
+    """The estimate of one run that drops n layers, and the device it is for. Raises Refused where it cannot be made."""
+    from layerprune.model.estimate import DEVICES, estimate, shape_of_checkpoint
+
+    shape, width = shape_of_checkpoint(setup.source.folder)
+    base = setup.source.recipe
+    imagined = Recipe(
+        name=setup.source.label,
+        model=setup.source.name,
+        origin=base.origin if base else "ours",
+        shape=shape,
+        rank=replace(base.rank, **setup.rank) if base else replace(Recipe.rank, **setup.rank),
+        heal=setup.heal or HealSettings(steps=1),
+        eval=replace(setup.evaluation, tasks={t: s or 0 for t, s in setup.tasks.items()}),
+    )
+    kind = DEVICES["cpu" if setup.device == "cpu" else "h100"]
+    return estimate(imagined, n / setup.layers, kind, width), kind
+
+
+def step_hours(found: Any, *names: str) -> float:
+    """Hours of some steps of an estimate."""
+    return float(sum(step.hours for step in found.steps if step.name in names))
+
+
+def unknown_tasks(found: Any) -> str:
+    return f" (without the tasks {', '.join(found.unknown_tasks)})" if found.unknown_tasks else ""
 
 
 def _held(out: Path) -> int:
@@ -242,11 +256,11 @@ def _held(out: Path) -> int:
     return sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
 
 
-def _bytes(count: float) -> str:
+def as_bytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def _time(hours: float) -> str:
+def as_time(hours: float) -> str:
     if hours >= 1:
         return f"{hours:.1f} hours"
     return f"{hours * 60:.0f} minutes" if hours * 60 >= 1.5 else f"{hours * 3600:.0f} seconds"

@@ -16,6 +16,7 @@ from layerprune.model.errors import UsageError
 from layerprune.model.files import read_json, write_json
 from layerprune.model.source import find_model
 from layerprune.model.tree import CutTree
+from layerprune.page import write_report
 from layerprune.runfolder import RunFolder, open_run
 from layerprune.runplan import Setup, check_strategy, set_up
 from layerprune.stages import Say, Stages, to_stderr
@@ -61,7 +62,7 @@ def sweep(
             say(f"{folder} holds this sweep, finished")
         else:
             opened.note(asked=asked, finished=False)
-            _Sweep(plan, opened, Stages(plan.setup, say, progress, None, batch_size), keep).all()
+            Sweeper(plan, opened, Stages(plan.setup, say, progress, None, batch_size), keep).all()
         return {**opened.manifest["result"], "folder": str(folder)}
 
 
@@ -157,12 +158,12 @@ def parse_drops(drops: str | Sequence[float] | None, layers: int) -> tuple[int, 
 
 
 def _whole(folder: Path, plan: SweepPlan) -> bool:
-    names = ["curve.json", "curve.csv", "items.json", "collapse.json"]
+    names = ["curve.json", "curve.csv", "items.json", "collapse.json", "report.html"]
     names += [f"heal/{strategy}-{n}/healed" for strategy in plan.strategies for n in plan.heal]
     return all((folder / name).exists() for name in names)
 
 
-class _Sweep:
+class Sweeper:
     """The phases of one sweep, each skipped where its results lie in the folder."""
 
     def __init__(self, plan: SweepPlan, folder: RunFolder, stages: Stages, keep: float) -> None:
@@ -195,6 +196,7 @@ class _Sweep:
                 "figures": figures,
             }
         )
+        write_report(self.path)
 
     def announce(self) -> None:
         setup, plan = self.setup, self.plan
@@ -246,7 +248,8 @@ class _Sweep:
         from layerprune.plots import plot_curves
 
         label = self.setup.source.label
-        files = plot_curves(curve, self.path / "figures", label)
+        found = read_json(self.path / "collapse.json")
+        files = plot_curves(curve, self.path / "figures", label, found)
         if ranking is not None:
             files += plot_distances(ranking, self.path / "figures", label)
         return [str(file.relative_to(self.path)) for file in files]

@@ -47,8 +47,9 @@ class Branches:
 
     kept: those that the model can run; broken: the others, with the reason. shared: whether layers that branches have in
     common are run once (`layerprune.model.tree`); False where this model does more between its layers than can be followed:
-    then every branch is a pass of its own. logit_bytes: what the logits of a slice of positions, and their log-softmax,
-    may take in float32. applications and heads count what was run: one layer, or the end of the model, on one batch.
+    then every branch is a pass of its own. logit_bytes: what the logits of a slice of positions, and the copy that their
+    log-softmax takes where it needs one, may occupy. applications and heads count what was run: one layer, or the end of the
+    model, on one batch.
     """
 
     def __init__(self, decoder: Decoder, kept: Iterable[Kept], logit_bytes: int) -> None:
@@ -116,7 +117,8 @@ class Branches:
         greedy: bool,
     ) -> list[tuple[tuple[int, ...], tuple[torch.Tensor, torch.Tensor | None]]]:
         found = []
-        slices = self._slices(asked)  # found on the CPU: a GPU that is asked anything in between stands still
+        # found on the CPU: a GPU that is asked anything in between stands still
+        slices = self._slices(asked, dtype == torch.float32 and not greedy)
         places: dict[torch.device, Asked] = {}
 
         def at(device: torch.device) -> Asked:
@@ -162,13 +164,16 @@ class Branches:
                 flags.append(greedy_N)
         return torch.cat(values), torch.cat(flags) if greedy else None
 
-    def _slices(self, asked: Asked) -> list[tuple[slice, slice]]:
+    def _slices(self, asked: Asked, fusable: bool) -> list[tuple[slice, slice]]:
         """The places whose logits are computed at once, with the questions about them.
 
         On a CPU a large tensor is fresh memory each time, which costs more than computing it where the model is narrow:
-        there a slice is what the allocator reuses, unless the head's own weights would then be read too often.
+        there a slice is what the allocator reuses, unless the head's own weights would then be read too often. On a GPU one
+        slice is best, since a model's forward pass waits for the device once.
         """
-        step = max(1, self._logit_bytes // (8 * self._vocab))
+        size = self.decoder.model.dtype.itemsize
+        fused = fusable and self.decoder.device.type == "cuda" and _fused() is not _differences
+        step = max(1, self._logit_bytes // (self._vocab * (size if fused else size + 4)))
         if self.decoder.device.type == "cpu":
             width = self.decoder.model.get_input_embeddings().weight.shape[-1]
             step = min(step, max((24 << 20) // (4 * self._vocab), width // 4, 1))

@@ -125,6 +125,7 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     names = {path.name for path in undisturbed.iterdir()}
     promised = {"manifest.json", "rank.json", "pruned", "healed", "adapter", "eval.json", "curve.json", "figures"}
+    promised |= {"curve.csv", "items.json", "collapse.json", "report.html"}
     assert names == promised
     result = json.loads((undisturbed / MANIFEST).read_text())["result"]
     assert [row["model"] for row in result["rows"]] == ["whole", "pruned", "healed"]
@@ -166,7 +167,7 @@ def test_other_inputs_are_refused(inputs: Path, undisturbed: Path) -> None:
 
 def test_a_run_killed_in_every_phase_ends_with_the_same_results(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    for words in ("ranking all blocks", "cutting the block out", "healing", "evaluating pruned", "curve: "):
+    for words in ("ranking all blocks", "cutting the block out", "healing", "evaluating the whole model", "evaluating pruned"):
         kill_at(inputs, out, words)
         assert not (out / "figures").exists()
     found = run(inputs, out)
