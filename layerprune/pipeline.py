@@ -120,7 +120,7 @@ class _Run:
         """The whole model and every depth of the curve but this run's own, which is measured as it is written."""
         depths = [0, *(n for n in self.plan.curve if n != self.plan.n)]
         shown = ", ".join(map(str, depths[1:])) or "none"
-        self.say(f"evaluating the whole model, and the curve without healing in the same pass: {shown} layers dropped")
+        self.say(f"evaluating the whole model, and the curve in the same pass: {shown} layers dropped")
         found = self.stages.sweep([self.kept(n, ranking) for n in depths], self.folder.work / "answers")
         live, tokenizer = self.stages.source()
         whole = found[self.kept(0, ranking)]

@@ -89,3 +89,46 @@ def documents_file(tmp_path: Path, prose: list[str]) -> Path:
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in prose), encoding="utf-8")
     return path
+
+
+RUN_WORDS = "the a salt mill river goes to by over and stone town lamp bird low high walks sings sees under".split()
+
+
+@pytest.fixture(scope="session")
+def run_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random Llama, data files and one multiple-choice task."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices(RUN_WORDS, k=rng.randint(30, 80))) for _ in range(120)]
+    for name, part in (("calibration", documents[:10]), ("heal", documents[10:110]), ("loss", documents[110:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(documents, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=2,
+        max_position_embeddings=128, initializer_range=0.1, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    items = [
+        {"question": " ".join(rng.choices(RUN_WORDS, k=5)), "choices": rng.sample(RUN_WORDS, 3), "gold": rng.randrange(3)}
+        for _ in range(12)
+    ]
+    (tasks / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tasks / "tiny.yaml").write_text(
+        f"task: tiny\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tasks / 'items.jsonl'}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\ndoc_to_target: gold\n"
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    return folder

@@ -13,16 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
-from layerprune.eval import harness
+from layerprune.eval import harness, sweep
+from layerprune.eval.answers import Answers
 from layerprune.eval.evaluate import evaluate_checkpoint, format_table
-from layerprune.eval.tasks import TaskSet, load_tasks, run_harness, score_tasks
+from layerprune.eval.sweep import BranchedModel
+from layerprune.eval.tasks import TaskSet, ask_harness, built_once, load_tasks, run_harness, score_tasks
+from layerprune.model.branches import Branches
 from layerprune.model.decoder import view_decoder, virtual_cut
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.load import load_model, load_tokenizer
+from layerprune.model.tree import CutTree
 from layerprune.prune.cut import prune_checkpoint
 
 torch.set_num_threads(1)
@@ -477,3 +482,98 @@ def test_stdout_holds_nothing_but_results(
     assert text.splitlines()[0].endswith("5 layers, 0.2 M parameters")
     assert [line.split()[0] for line in text.splitlines()[3:]][:3] == ["choice", "yesno", "lastword"]
     assert f"{result['tasks']['truncated']:,} prompts were cut on the left" in text
+
+
+def asked_of_each(
+    live: tuple[Any, Any], ready: TaskSet, kept: list[tuple[int, ...]], store: Answers, limit: int | None = None, seed: int = 0
+) -> tuple[dict[tuple[int, ...], dict[str, Any]], Branches]:
+    """lm-eval's results for each cut from one pass, and the branches that counted it."""
+    branches = Branches(view_decoder(live[0]), kept, 1 << 28)
+    lm = BranchedModel(branches, live[1], store, None, False, lambda line: None)
+    found = {}
+    with built_once(ready):
+        for one in kept:
+            lm.branch = one
+            found[one] = ask_harness(lm, ready, limit, seed)
+    return found, branches
+
+
+CUTS: list[tuple[int, ...]] = [(0, 1, 2, 3, 4), (0, 3, 4), (0, 1, 2, 4), (0, 4)]
+
+
+def test_one_pass_scores_each_depth_as_lm_eval_scores_its_checkpoint(
+    checkpoint: Path, task_folder: Path, live: tuple[Any, Any], ready: TaskSet, lm_evals_own: dict[str, Found], tmp_path: Path
+) -> None:
+    prune_checkpoint(checkpoint, layers="1:3", out=tmp_path / "cut")
+    own = start_lm_eval(tmp_path / "cut", task_folder, tmp_path / "own", ALL, "--batch_size", "1")
+    found, branches = asked_of_each(live, ready, CUTS, Answers())
+    assert branches.shared and branches.applications % branches.tree(CUTS).applications == 0
+    assert_equal(found[CUTS[0]], lm_evals_own["zero"])
+    assert_equal(found[CUTS[1]], wait_for(own, tmp_path / "own"))
+    for one in CUTS[2:]:
+        with virtual_cut(view_decoder(live[0]), one):
+            assert_equal(found[one], sorted_samples(run_harness(*live, ready)[0]))
+
+
+def test_in_context_examples_limits_and_seeds_of_one_pass(
+    live: tuple[Any, Any], task_folder: Path, lm_evals_own: dict[str, Found]
+) -> None:
+    ready = load_tasks(dict.fromkeys(FEW, 2), task_folder, seed=7)
+    found, _ = asked_of_each(live, ready, CUTS, Answers(), limit=5, seed=7)
+    assert_equal(found[CUTS[0]], lm_evals_own["few"])
+
+
+def test_answers_are_asked_for_once(live: tuple[Any, Any], task_folder: Path, tmp_path: Path) -> None:
+    """A resume computes nothing; more depths, more items and another task compute only what is new."""
+    choice = load_tasks({"choice": None}, task_folder)
+    first, branches = asked_of_each(live, choice, CUTS[:2], Answers(tmp_path), limit=6)
+    assert branches.applications > 0
+    store = Answers(tmp_path)  # nothing was saved yet: what a process that dies leaves
+    assert len(store) == 0
+    store = Answers(tmp_path / "kept")
+    first, branches = asked_of_each(live, choice, CUTS[:2], store, limit=6)
+    store.save()
+    once = branches.applications
+    again, branches = asked_of_each(live, choice, CUTS[:2], Answers(tmp_path / "kept"), limit=6)
+    assert branches.applications == 0 and again == first
+    deeper, branches = asked_of_each(live, choice, CUTS, Answers(tmp_path / "kept"), limit=6)
+    assert branches.applications == once // CutTree(CUTS[:2], 5).applications * CutTree(CUTS[2:], 5).applications
+    assert deeper[CUTS[0]] == first[CUTS[0]] and deeper[CUTS[1]] == first[CUTS[1]]
+    both = load_tasks({"choice": None, "text": None}, task_folder)
+    store = Answers(tmp_path / "kept")
+    found, branches = asked_of_each(live, both, CUTS[:2], store, limit=6)
+    assert branches.applications == 0  # text is generated, not scored
+    store.save()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "kept_model", None)  # nothing is generated a second time
+        again, _ = asked_of_each(live, both, CUTS[:2], Answers(tmp_path / "kept"), limit=6)
+    assert again == found
+    more, branches = asked_of_each(live, choice, CUTS[:2], Answers(tmp_path / "kept"), limit=12)
+    assert 0 < branches.applications <= once
+    assert more[CUTS[0]]["samples"]["choice"][:6] == first[CUTS[0]]["samples"]["choice"]
+
+
+def test_damaged_answers_are_refused(tmp_path: Path) -> None:
+    store = Answers(tmp_path)
+    store.add([(0, 1)], [b"k" * 16], np.array([[1.5]]))
+    store.save()
+    (path,) = tmp_path.iterdir()
+    assert Answers(tmp_path).values((0, 1), [b"k" * 16]).tolist() == [1.5]
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(Refused, match="is damaged"):
+        Answers(tmp_path)
+
+
+def test_text_where_the_layers_alone_do_not_work(
+    live: tuple[Any, Any], task_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = load_tasks({"text": None}, task_folder)
+    usual, _ = asked_of_each(live, ready, CUTS[:2], Answers())
+
+    def refuse(*arguments: object) -> object:
+        raise Refused("this family has no such cut")
+
+    monkeypatch.setattr(sweep, "kept_model", refuse)
+    slow, _ = asked_of_each(live, ready, CUTS[:2], Answers())
+    assert slow == usual
+    assert slow[CUTS[0]]["samples"]["text"] != slow[CUTS[1]]["samples"]["text"]
