@@ -458,11 +458,12 @@ def _heat(rank: Mapping[str, Any]) -> Facts:
     shades: dict[int, list[str]] = {}
     for n, row in enumerate(distance, 1):
         known = [d for d in map(_number, row) if d is not None]
-        low, high = (min(known), max(known)) if known else (0, 0)
+        # the embedding is so far from everything that it would leave one colour for all the rest
+        low, high = (min(known), max(known[1:] or known)) if known else (0, 0)
         for start, d in enumerate(map(_number, row)):
             if d is None:
                 continue
-            shade = round((_SHADES - 1) * (d - low) / (high - low)) if high > low else 0
+            shade = min(_SHADES - 1, round((_SHADES - 1) * (d - low) / (high - low))) if high > low else 0
             shades.setdefault(shade, []).append(f"M{start} {len(distance) - n}h1v1h-1z")
     best = {int(n): start for n, start in rank.get("best", {}).items()}
     trace = [(LEFT + (best[n] + 0.5) * cell, top + (len(distance) - n + 0.5) * tall) for n in sorted(best)]

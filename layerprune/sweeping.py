@@ -12,13 +12,13 @@ from layerprune.curve import layer_parameters, row, write_curve
 from layerprune.eval.collapse import check_keep
 from layerprune.model.config import layer_count, load_config
 from layerprune.model.cuts import Kept, drop_count
-from layerprune.model.errors import UsageError
+from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import read_json, write_json
 from layerprune.model.source import find_model
 from layerprune.model.tree import CutTree
 from layerprune.page import write_report
 from layerprune.runfolder import RunFolder, open_run
-from layerprune.runplan import Setup, check_strategy, set_up
+from layerprune.runplan import Setup, as_time, check_strategy, costs, set_up, unknown_tasks
 from layerprune.stages import Say, Stages, to_stderr
 
 STRATEGIES = ("angular", "last")
@@ -222,9 +222,19 @@ class Sweeper:
         tree = CutTree(dict.fromkeys(found.values()), self.layers)
         self.say(
             f"{len(tree.branches)} models in one pass: {tree.applications:,} layer applications a batch instead of {tree.alone:,} "
-            f"({tree.alone / tree.applications:.1f} times fewer), at most {tree.alive} hidden states at once"
+            f"({tree.alone / tree.applications:.1f} times fewer), at most {tree.alive} hidden states at once{self.time(tree)}"
         )
         return found
+
+    def time(self, tree: CutTree) -> str:
+        """The hours of the pass, estimated from those of one evaluation of nearly the whole model."""
+        try:
+            found, kind = costs(self.setup, 1)
+        except (Refused, UsageError):  # sizes that cannot be told, one layer
+            return ""
+        one = sum(step.hours for step in found.steps if step.name not in ("rank", "heal"))
+        hours = one * tree.applications / (self.layers - 1)
+        return f"; estimate: {as_time(hours)} on one {kind.name}{unknown_tasks(found)}"
 
     def rows(
         self,
