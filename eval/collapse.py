@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -25,14 +24,6 @@ from layerprune.model.errors import UsageError
 _BISECTIONS = 45  # halvings of an angle or of a multiplier: about 1e-13
 _DRAWN = 1 << 20  # items drawn at a time by the bootstrap: 8 MiB
 _ROUNDING = 1e-12  # two equal shares may differ by this much in floating point
-
-
-@dataclass(frozen=True)
-class Chance:
-    """value: the accuracy of a guess, 0 to 1; source: in words, where it comes from."""
-
-    value: float
-    source: str
 
 
 @dataclass(frozen=True)
@@ -128,29 +119,6 @@ class Recommendation:
     tasks: tuple[str, ...]
     left_out: tuple[str, ...]
     why: str
-
-
-def chance_level(choices: Sequence[int], answers: Sequence[Any] | None = None) -> Chance:
-    """The accuracy of guessing: the mean over the items of 1 / choices.
-
-    choices: of each item, at least 1. answers: of each item, the right one. Where every item has two choices (yes or
-    no), a model that always says the same is right on the more frequent answer, so the larger of the two counts. That
-    share is then taken as known, although it is itself a mean over these items. Raises ValueError. A task without
-    choices is the caller's to decide; its chance is 0.
-    """
-    if len(choices) == 0:
-        raise ValueError("no items: the chance level of a task needs the number of choices of each item")
-    if min(choices) < 1:
-        raise ValueError(f"an item with {min(choices)} choices: each item needs at least 1")
-    if answers is not None and len(answers) != len(choices):
-        raise ValueError(f"{len(answers)} answers for {len(choices)} items: give one for each item")
-    value = math.fsum(1 / count for count in choices) / len(choices)
-    kinds = set(choices)
-    if kinds == {2} and answers is not None:
-        majority = max(Counter(map(str, answers)).values()) / len(answers)
-        if majority > value:
-            return Chance(majority, "majority class")
-    return Chance(value, f"1 / {kinds.pop()} choices" if len(kinds) == 1 else "mean of 1 / choices")
 
 
 def accuracy_interval(correct: Sequence[int] | np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

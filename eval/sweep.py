@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,16 +58,23 @@ def sweep_live(
         say(f"left out: without layers {describe_dropped(one, len(decoder))} this model does not run ({reason})")
     if not branches.shared:
         say("this model does more between its layers than can be followed: every depth is a pass of its own")
+    told = set(branches.broken)
+    losses: dict[Kept, tuple[dict[str, Any], list[float]]] = {}
+    scores: dict[Kept, Mapping[str, Any]] = {}
+    try:
+        if sequences is not None:
+            losses = sweep_losses(branches, sequences, store, progress)
+        if tasks is not None:
+            scores = dict(_sweep_tasks(branches, tokenizer, tasks, store, limit, batch_size, seed, progress, say))
+    finally:
+        store.save()
+    for one in set(branches.broken) - told:
+        say(f"left out: without layers {describe_dropped(one, len(decoder))} {branches.broken[one]}")
     found: dict[Kept, dict[str, Any] | None] = dict.fromkeys(wanted)
     for one in branches.kept:
-        found[one] = {"loss": None, "tasks": None, "nats": None}
-    if sequences is not None and branches.kept:
-        for one, (loss, nats) in sweep_losses(branches, sequences, store, progress).items():
-            found[one] = {**(found[one] or {}), "loss": loss, "nats": nats}
-    if tasks is not None and branches.kept:
-        for one, scores in _sweep_tasks(branches, tokenizer, tasks, store, limit, batch_size, seed, progress, say):
-            found[one] = {**(found[one] or {}), "tasks": scores}
-    store.save()
+        if one not in branches.broken:
+            loss, nats = losses.get(one, (None, None))
+            found[one] = {"loss": loss, "tasks": scores.get(one), "nats": nats}
     return found
 
 
@@ -95,6 +103,8 @@ def sweep_losses(
     vocab = vocab_size(branches.decoder.model.config)
     found = {}
     for one in branches.kept:
+        if one in branches.broken:
+            continue
         nats = store.values(one, keys).tolist()
         total = LossSum(sum(nats), tokens)
         loss = {
@@ -131,22 +141,32 @@ class BranchedModel(LiveModel):
         super().__init__(branches.decoder.model, tokenizer, batch_size, progress)
         self.branches, self.store, self.say = branches, store, say
         self.branch = branches.kept[0]
-        self._pairs: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self._known: dict[tuple[str, str], tuple[bytes, bool]] = {}
+        """Of each question: the key of its answer, and whether its prompt was cut."""
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        pair = (context, continuation)
-        if pair not in self._pairs:
-            self._pairs[pair] = super()._encode_pair(context, continuation)
-        return self._pairs[pair]
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        asked = [request.args for request in requests]
+        if not all(question in self._known for question in asked):
+            return super().loglikelihood(requests, disable_tqdm)
+        self.truncated += sum(self._known[question][1] for question in asked)  # nothing is tokenised again
+        return self._answers([self._known[question][0] for question in asked])
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        rows = [self._row(request) for request in requests]
-        keys = [sample_key("loglikelihood", row, request[2]) for row, request in zip(rows, requests, strict=True)]
-        for kept, missing in self.store.missing(self.branches.kept, keys).items():
+        rows, keys = [], []
+        for request in requests:
+            before = self.truncated
+            rows.append(self._row(request))
+            keys.append(sample_key("loglikelihood", rows[-1], request[2]))
+            if request[0] is not None:
+                self._known[request[0]] = (keys[-1], self.truncated > before)
+        for kept, missing in self.store.missing([k for k in self.branches.kept if k not in self.branches.broken], keys).items():
             self.tokens = min(self.tokens, max(1, state_budget(self.device.type) // self.branches.state_bytes(kept)))
             self._answer(kept, [requests[i] for i in missing], [rows[i] for i in missing], [keys[i] for i in missing])
+        return self._answers(keys)
+
+    def _answers(self, keys: list[bytes]) -> list[tuple[float, bool]]:
         values, flags = self.store.values(self.branch, keys), self.store.flags(self.branch, keys)
         return list(zip(values.tolist(), flags.tolist(), strict=True))
 
@@ -180,23 +200,26 @@ class BranchedModel(LiveModel):
             context, settings = request.args[0], repr(request.args[1])
             turn = seen[context, settings] = seen.get((context, settings), -1) + 1  # a sampled text differs each time
             keys.append(sample_key("text", context, settings, str(turn)))
-        texts = [self.store.text(self.branch, key) for key in keys]
-        if None in texts:
+        missing = [i for i, key in enumerate(keys) if self.store.text(self.branch, key) is None]
+        if missing:
             self.say(f"generating without layers {describe_dropped(self.branch, len(self.branches.decoder))}")
-            texts = list(self._generate(requests))
-            for key, text in zip(keys, texts, strict=True):
-                self.store.add_text(self.branch, key, text or "")
-            self.store.save()
-        return [text or "" for text in texts]
+            self._generate([(requests[i], keys[i]) for i in missing])
+        return [self.store.text(self.branch, key) or "" for key in keys]
 
-    def _generate(self, requests: list[Any]) -> list[str]:
-        try:
-            with kept_model(self.branches.decoder, self.branch):
-                return super().generate_until(requests)
-        except Refused as refusal:
-            self.say(f"  without a KV cache, which is slow: {refusal}")
-        with virtual_cut(self.branches.decoder, self.branch):
-            return super().generate_until(requests)
+    def _generate(self, missing: list[tuple[Any, bytes]]) -> None:
+        """Generate, a few batches of similar length at a time, and keep each text."""
+        missing = sorted(missing, key=lambda pair: -len(pair[0].args[0]))
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(kept_model(self.branches.decoder, self.branch))
+            except Refused as refusal:
+                self.say(f"  without a KV cache, which is slow: {refusal}")
+                stack.enter_context(virtual_cut(self.branches.decoder, self.branch))
+            step = 4 * int(self.batch_size_per_gpu)
+            for part in (missing[i : i + step] for i in range(0, len(missing), step)):
+                texts = super().generate_until([request for request, _ in part])
+                for (_, key), text in zip(part, texts, strict=True):
+                    self.store.add_text(self.branch, key, text)
 
 
 def _sums(value_AN: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -227,6 +250,8 @@ def _sweep_tasks(
         lm = BranchedModel(branches, tokenizer, store, batch_size, progress, say)
         with built_once(tasks), progress_bar(len(branches.kept), "depths", "depth", progress) as bar:
             for one in branches.kept:
+                if one in branches.broken:
+                    continue
                 lm.branch, lm.truncated = one, 0
                 found = ask_harness(lm, tasks, limit, seed)
                 yield one, summarise(tasks, found, lm.truncated, samples=True)

@@ -87,9 +87,10 @@ def series(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
 def collapse(layers: int, rows: Sequence[Mapping[str, Any]], keep: float) -> dict[str, Any]:
     """Where each series collapses, and what to drop: `layerprune.eval.collapse.analyse`, with a verdict over the series.
 
-    rows: with their items. Only tasks count whose items are known at every depth of a series.
+    rows: with their items. Only tasks count whose items are known at every depth of a series; the others (perplexities, graded
+    answers) are listed under `not_counted`.
     """
-    data = {}
+    data, left = {}, {}
     for name, own in series(rows).items():
         tasks = {}
         for task in own[0]["items"]:
@@ -100,15 +101,21 @@ def collapse(layers: int, rows: Sequence[Mapping[str, Any]], keep: float) -> dic
                     "chance": score["chance"] or 0.0,
                     "chance_from": score["chance_from"] or "no choices",
                 }
+        left[name] = sorted({task for r in own for task in r["tasks"]} - set(tasks))
         losses = [r["loss"] for r in own]
         data[name] = {"drops": [r["n"] for r in own], "losses": None if None in losses[:1] else losses, "tasks": tasks}
     found = analyse(layers, data, keep, CONFIDENCE)
+    for name, one in found["series"].items():
+        one["not_counted"] = left[name]
     found["verdict"] = verdict(found)
     return found
 
 
 def verdict(found: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The series whose recommendation drops most layers, of equals the one whose estimates go deepest; None without any."""
+    """The series whose recommendation drops most layers, of equals the one whose estimates go deepest; None without any.
+
+    Each series is tested by itself: the best of k series is too deep up to k times as often as one alone.
+    """
     best = None
     for name, one in found["series"].items():
         advice = one["recommendation"]
@@ -128,9 +135,22 @@ def write_curve(folder: Path, model: str, layers: int, rows: Sequence[Mapping[st
     return curve
 
 
-def read_curve(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The curve of a run or sweep folder, and its collapse."""
-    return read_json(folder / "curve.json"), read_json(folder / "collapse.json")
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a folder's curve, with their items."""
+    known = {(r["strategy"], r["n"], r["healed"]): r["items"] for r in read_json(folder / "items.json")}
+    rows = read_json(folder / "curve.json")["rows"]
+    return [{**r, "items": known[r["strategy"], r["n"], r["healed"]]} for r in rows]
+
+
+def draw_curve(folder: Path, curve: Mapping[str, Any], ranking: dict[str, Any] | None) -> list[str]:
+    """Draw a folder's curve with its collapse, and its ranking; returns the files' names in the folder."""
+    from layerprune.distances import plot_distances
+    from layerprune.plots import plot_curves
+
+    files = plot_curves(dict(curve), folder / "figures", curve["model"], read_json(folder / "collapse.json"))
+    if ranking is not None:
+        files += plot_distances(ranking, folder / "figures", curve["model"])
+    return [str(file.relative_to(folder)) for file in files]
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -98,7 +98,7 @@ def _facts(folder: Path) -> Facts:
 def _verdict(layers: int, own: Mapping[str, Sequence[Row]], collapse: Mapping[str, Any], evaluation: Row) -> Facts:
     """Headline, points (term and text) and the cut (strategy, n, healed) that they speak of, if any."""
     advice = {name: one["recommendation"] for name, one in collapse.get("series", {}).items() if name in own}
-    deepest = max(advice, key=lambda name: advice[name]["n"], default=None)
+    deepest = max(advice, key=lambda name: (advice[name]["n"], advice[name]["likely"]), default=None)  # as curve.verdict
     keep = f"{100 * collapse.get('keep', 0.95):g} %"
     if deepest is not None and advice[deepest]["n"] > 0:
         found = advice[deepest]
@@ -305,7 +305,10 @@ def _command(manifest: Mapping[str, Any], layers: int) -> str | None:
         return None
     heal = inputs.get("heal") or asked.get("heal_settings")
     options: dict[str, Any] = {"--model": given.get("model")}
-    if inputs.get("kind") == "sweep":
+    kind = inputs.get("kind", "run")
+    if kind == "find":
+        options["--strategy"] = inputs.get("strategy")
+    elif kind == "sweep":
         every = asked.get("drops") == list(range(1, layers))
         options |= {
             "--strategy": ",".join(asked.get("strategies", [])),
@@ -317,7 +320,7 @@ def _command(manifest: Mapping[str, Any], layers: int) -> str | None:
         options |= {"--curve": _fractions(inputs.get("curve", []), layers), "--no-heal": None if heal else ""}
     tasks = asked.get("tasks") or inputs.get("tasks") or {}
     options |= {
-        "--keep": asked.get("keep", inputs.get("keep")),
+        "--keep": asked.get("keep", inputs.get("keep", manifest.get("keep"))),
         "--tasks": ",".join(name if shots is None else f"{name}:{shots}" for name, shots in tasks.items()),
         "--limit": inputs.get("limit"),
     }
@@ -337,7 +340,7 @@ def _command(manifest: Mapping[str, Any], layers: int) -> str | None:
             words.append(option)
         elif value not in (None, ""):
             words += [option, shlex.quote(str(value))]
-    return " ".join(["layerprune", "sweep" if inputs.get("kind") == "sweep" else "run", *words])
+    return " ".join(["layerprune", kind, *words])
 
 
 def _fractions(depths: Sequence[int], layers: int) -> str | None:
@@ -346,8 +349,11 @@ def _fractions(depths: Sequence[int], layers: int) -> str | None:
 
 def _serve(folder: Path, model: str, layers: int, cut: tuple[str, int] | None) -> Facts:
     """The checkpoints of the folder, and where they can be served; without any, the commands that make one."""
-    found = [name for name in ("healed", "pruned") if (folder / name).is_dir()]
-    found = found[:1] or [str(p.relative_to(folder)) for p in sorted(folder.glob("heal/*/healed"))]
+    found = [name for name in ("healed", "pruned") if (folder / name).is_dir()][:1]
+    if not found:
+        advised = f"heal/{cut[0].partition(' ')[0]}-{cut[1]}/healed" if cut else ""
+        every = sorted(str(p.relative_to(folder)) for p in folder.glob("heal/*/healed"))
+        found = sorted(every, key=lambda name: name != advised) if advised in every or not cut else []
     note = None
     if found and (folder / found[0] / "layerprune.json").exists():
         note = read_json(folder / found[0] / "layerprune.json").get("serving")

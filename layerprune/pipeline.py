@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerprune.curve import layer_parameters, row, scores, write_curve
+from layerprune.curve import draw_curve, layer_parameters, read_rows, row, scores, write_curve
 from layerprune.eval.collapse import check_keep
 from layerprune.model.cuts import Block, Kept, last_block
 from layerprune.model.errors import Refused, UsageError
@@ -43,15 +43,23 @@ def run(
     check_keep(keep)
     plan = plan_run(model, drop, **settings)
     folder = Path(out) if out is not None else Path("runs") / f"{plan.source.label}-{plan.strategy}-{drop:g}"
-    with open_run(folder, {**plan.inputs(), "keep": keep}, plan.given()) as opened:
+    with open_run(folder, plan.inputs(), plan.given()) as opened:
+        if opened.other_versions():
+            say(opened.other_versions())
         if opened.finished:
-            if not (folder / "report.html").exists():  # killed between the two
-                write_report(folder)
             for name in ("pruned", *(("healed", "adapter") if plan.heal is not None else ())):
                 if not (folder / name).exists():
                     raise Refused(f"{folder} holds this run, finished, but its {name}/ is gone: choose another --out")
             say(f"{folder} holds this run, finished")
+            if opened.manifest.get("keep") != keep:  # the same measurements, another question
+                rank = read_json(folder / "rank.json")
+                draw_curve(folder, write_curve(folder, plan.source.label, plan.layers, read_rows(folder), keep), rank)
+                opened.note(keep=keep)
+                (folder / "report.html").unlink(missing_ok=True)
+            if not (folder / "report.html").exists():
+                write_report(folder)
         else:
+            opened.note(keep=keep)
             _Run(plan, opened, Stages(plan, say, progress, verify, batch_size), keep).all()
         where = {"folder": str(folder), "checkpoint": str(folder / ("pruned" if plan.heal is None else "healed"))}
         return {**opened.manifest["result"], **where}
@@ -91,7 +99,7 @@ class _Run:
         with self.folder.phase("figures"):
             rows = self.rows(ranking, evaluation)
             curve = write_curve(self.path, self.plan.source.label, self.plan.layers, rows, self.keep)
-            figures = self.draw(ranking, curve)
+            figures = draw_curve(self.path, curve, ranking)
         self.folder.finish(self.result(evaluation, block, distance, figures))
         write_report(self.path)
 
@@ -124,7 +132,7 @@ class _Run:
         found = self.stages.sweep([self.kept(n, ranking) for n in depths], self.folder.work / "answers")
         live, tokenizer = self.stages.source()
         whole = found[self.kept(0, ranking)]
-        assert whole is not None
+        assert whole is not None  # a whole model that does not run is refused
         whole["speed"] = self.stages.speed(live, tokenizer)
         return {str(n): found[self.kept(n, ranking)] for n in depths}
 
@@ -159,15 +167,6 @@ class _Run:
             if n == plan.n and "healed" in evaluation:
                 add(n, True, evaluation["healed"])
         return made
-
-    def draw(self, ranking: dict[str, Any], curve: dict[str, Any]) -> list[str]:
-        from layerprune.distances import plot_distances
-        from layerprune.plots import plot_curves
-
-        label = self.plan.source.label
-        found = read_json(self.path / "collapse.json")
-        files = plot_curves(curve, self.path / "figures", label, found) + plot_distances(ranking, self.path / "figures", label)
-        return [str(file.relative_to(self.path)) for file in files]
 
     def result(self, evaluation: dict[str, Any], block: Block, distance: float, figures: list[str]) -> dict[str, Any]:
         plan = self.plan

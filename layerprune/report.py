@@ -87,6 +87,8 @@ def format_collapse(found: Mapping[str, Any]) -> list[str]:
             parts.append(f"loss rises most from n = {loss['from_n']} to {loss['to_n']}{past}")
         lines.append(f"{name}: " + "; ".join(parts))
         lines.append(f"  {one['recommendation']['why']}")
+        if one.get("not_counted"):
+            lines.append(f"  not counted, since no item is right or wrong there: {', '.join(one['not_counted'])}")
     best = found["verdict"]
     if best is not None:
         lines += ["", _advice(best, found["keep"])]

@@ -33,6 +33,14 @@ class RunFolder:
     def finished(self) -> bool:
         return bool(self.manifest.get("finished"))
 
+    def other_versions(self) -> str:
+        """A sentence where the folder was begun with other versions of the packages that decide results, else ''."""
+        before = self.manifest.get("versions", {})
+        names = [name for name in ("layerprune", "torch", "transformers", "lm_eval") if name in before]
+        now = {name: importlib.metadata.version(name) for name in names}
+        changed = [f"{name} {before[name]}, now {version}" for name, version in now.items() if before[name] != version]
+        return f"{self.path} was begun with {'; '.join(changed)}: what is there is kept as it is" if changed else ""
+
     def once(self, file: str, make: Callable[[], Any]) -> Any:
         """The JSON result in `file`, made and stored by `make` where it is not there yet."""
         path = self.path / file

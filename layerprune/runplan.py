@@ -212,11 +212,11 @@ def run_cost(plan: Plan, out: Path) -> str:
         found, kind = costs(plan, plan.n)
     except Refused as refusal:
         need = sum(t.nbytes for t in read_checkpoint(plan.source.folder).values()) * kept * (1 if plan.heal is None else 2)
-        must_have_room(out, need, _held(out))
+        must_have_room(out, need, held_bytes(out))
         return f"estimate: up to {as_bytes(need)} of disk; its time cannot be estimated ({refusal})"
     names = ["pruned"] if plan.heal is None else ["pruned", "healed", "work"]
     need = sum(found.disk[name] for name in names)
-    must_have_room(out, need, _held(out))
+    must_have_room(out, need, held_bytes(out))
     evaluations = 4  # whole, cut, healed, and what the curve adds to the whole
     hours = sum(s.hours * (1 if s.name in ("rank", "heal") else evaluations) for s in found.steps)
     hours -= 0 if plan.heal else step_hours(found, "heal")
@@ -251,7 +251,7 @@ def unknown_tasks(found: Any) -> str:
     return f" (without the tasks {', '.join(found.unknown_tasks)})" if found.unknown_tasks else ""
 
 
-def _held(out: Path) -> int:
+def held_bytes(out: Path) -> int:
     """Bytes of a run that was begun: they are there already."""
     return sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
 

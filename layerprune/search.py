@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from layerprune.curve import collapse, row, write_curve
+from layerprune.curve import collapse, draw_curve, row, write_curve
 from layerprune.eval.collapse import check_keep
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import must_have_room, read_json
 from layerprune.page import write_report
 from layerprune.runfolder import open_run
-from layerprune.runplan import as_bytes, as_time, costs, step_hours, unknown_tasks
+from layerprune.runplan import as_bytes, as_time, costs, held_bytes, step_hours, unknown_tasks
 from layerprune.stages import Say, Stages, to_stderr
-from layerprune.sweeping import Sweeper, heal_depth, plan_sweep
+from layerprune.sweeping import Sweeper, depth_measured, heal_depth, plan_sweep
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,10 @@ def find(
     folder = Path(out) if out is not None else Path("runs") / f"{plan.setup.source.label}-find"
     asked = {"strategy": strategy, "keep": keep, "tasks": plan.setup.tasks, "heal": plan.setup.heal_inputs()}
     with open_run(folder, {"kind": "find", **plan.setup.measured_inputs(), **asked}, plan.setup.given()) as opened:
-        if opened.finished and (folder / "report.html").exists():
+        if opened.other_versions():
+            say(opened.other_versions())
+        checkpoint = (opened.manifest.get("result") or {}).get("checkpoint")
+        if opened.finished and (folder / "report.html").exists() and (checkpoint is None or (folder / checkpoint).exists()):
             say(f"{folder} holds this search, finished")
         else:
             _Finder(plan, opened, Stages(plan.setup, say, progress, None, batch_size), keep).all()
@@ -141,23 +144,31 @@ class _Finder(Sweeper):
         healed: dict[tuple[str, int], dict[str, Any]] = {}
 
         def passes(n: int) -> bool:
-            if swept[kept[strategy, n]] is None:
+            if swept[kept[strategy, n]] is None or not self.can_cut(strategy, n, ranking):
                 return False
-            healed[strategy, n] = heal_depth(self.stages, self.path, strategy, n, ranking)
+            done = depth_measured(self.stages, self.path, strategy, n)  # its weights may be gone
+            healed[strategy, n] = done or heal_depth(self.stages, self.path, strategy, n, ranking)
             one = row(self.layers, strategy, kept[strategy, n], True, healed[strategy, n], 0)
             advice = collapse(self.layers, [whole, one], self.keep)["series"][f"{strategy} healed"]["recommendation"]
             passed = bool(advice["n"] == n)
             self.say(f"n = {n}, healed: {'passes' if passed else 'does not pass'}. {advice['why']}")
+            best = max(passing, default=0)
+            if passed:
+                passing.append(n)
+            self.forget(strategy, n if not passed or n < best else best)
             return passed
 
+        passing: list[int] = []
         with self.folder.phase("search"):
             found = search(self.layers, first, second, passes)
-        for (_, n), _measured in healed.items():
-            if n != found.n:
-                shutil.rmtree(self.path / "heal" / f"{strategy}-{n}" / "healed", ignore_errors=True)
+            if found.n:  # where a curve is not monotone, the answer's checkpoint may have been removed
+                healed[strategy, found.n] = heal_depth(self.stages, self.path, strategy, found.n, ranking)
+            for n in passing:
+                if n != found.n:
+                    self.forget(strategy, n)
         rows = self.rows(kept, swept, healed)
         curve = write_curve(self.path, self.setup.source.label, self.layers, rows, self.keep)
-        figures = self.draw(ranking, curve)
+        figures = draw_curve(self.path, curve, ranking)
         checkpoint = f"heal/{strategy}-{found.n}/healed" if found.n else None
         self.folder.finish(
             {
@@ -177,9 +188,17 @@ class _Finder(Sweeper):
         )
         write_report(self.path)
 
+    def forget(self, strategy: str, n: int) -> None:
+        """Remove the weights of a depth that is measured; its eval.json stays."""
+        place = self.path / "heal" / f"{strategy}-{n}"
+        for name in ("healed", "adapter"):
+            shutil.rmtree(place / name, ignore_errors=True)
+
     def bracket(self, rows: list[dict[str, Any]], strategy: str) -> tuple[int, int]:
         """Where the curve without healing holds by its estimates, and where its first task has collapsed."""
         one = collapse(self.layers, rows, self.keep)["series"].get(strategy)
+        if one is not None and not one["tasks"]:
+            raise Refused(f"no item of {', '.join(self.setup.tasks)} is right or wrong: there is no accuracy to keep")
         if one is None or one["recommendation"]["status"] == "no task above chance":
             raise Refused(f"no task is above chance with the whole {self.setup.source.name}: there is no accuracy to keep")
         first = min(max(1, one["recommendation"]["likely"]), self.layers - 1)
@@ -197,7 +216,7 @@ class _Finder(Sweeper):
         except Refused as refusal:
             return f"{heals}, {each} each; the time cannot be estimated ({refusal})"
         need = sum(found.disk[name] for name in ("pruned", "healed", "work")) + found.disk["healed"]
-        must_have_room(self.path, need)
+        must_have_room(self.path, need, held_bytes(self.path))
         others = sum(step.hours for step in found.steps if step.name not in ("rank", "heal"))
         one = step_hours(found, "heal") + others
         hours = step_hours(found, "rank") + 4 * others + usual * one

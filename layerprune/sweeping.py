@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from layerprune.curve import layer_parameters, row, write_curve
+from layerprune.curve import draw_curve, layer_parameters, row, write_curve
 from layerprune.eval.collapse import check_keep
 from layerprune.model.config import layer_count, load_config
 from layerprune.model.cuts import Kept, drop_count
 from layerprune.model.errors import Refused, UsageError
-from layerprune.model.files import read_json, write_json
+from layerprune.model.files import must_have_room, read_json, write_json
 from layerprune.model.source import find_model
+from layerprune.model.tensors import read_checkpoint
 from layerprune.model.tree import CutTree
 from layerprune.page import write_report
 from layerprune.runfolder import RunFolder, open_run
-from layerprune.runplan import Setup, as_time, check_strategy, costs, set_up, unknown_tasks
+from layerprune.runplan import Setup, as_time, check_strategy, costs, held_bytes, set_up, unknown_tasks
 from layerprune.stages import Say, Stages, to_stderr
 
 STRATEGIES = ("angular", "last")
@@ -57,12 +58,13 @@ def sweep(
     folder = Path(out) if out is not None else Path("runs") / f"{plan.setup.source.label}-sweep"
     with open_run(folder, {"kind": "sweep", **plan.setup.measured_inputs()}, plan.setup.given()) as opened:
         plan = plan.joined(opened)
-        asked = {**plan.asked(), "keep": keep}
+        if opened.other_versions():
+            say(opened.other_versions())
+        asked = {**plan.asked(opened), "keep": keep}
         if opened.finished and opened.manifest.get("asked") == asked and _whole(folder, plan):
             say(f"{folder} holds this sweep, finished")
         else:
-            opened.note(asked=asked, finished=False)
-            Sweeper(plan, opened, Stages(plan.setup, say, progress, None, batch_size), keep).all()
+            Sweeper(plan, opened, Stages(plan.setup, say, progress, None, batch_size), keep, asked).all()
         return {**opened.manifest["result"], "folder": str(folder)}
 
 
@@ -75,13 +77,14 @@ class SweepPlan:
     drops: tuple[int, ...]
     heal: tuple[int, ...]
 
-    def asked(self) -> dict[str, Any]:
-        """What a later call for the same folder adds to."""
+    def asked(self, opened: RunFolder) -> dict[str, Any]:
+        """What a later call for the same folder adds to. Settings of healing stay those that something was healed with."""
+        before = opened.manifest.get("asked") or {}
         return {
             "strategies": list(self.strategies),
             "drops": list(self.drops),
             "heal": list(self.heal),
-            "heal_settings": self.setup.heal_inputs() if self.heal else None,
+            "heal_settings": self.setup.heal_inputs() or before.get("heal_settings"),
             "tasks": self.setup.tasks,
         }
 
@@ -96,12 +99,8 @@ class SweepPlan:
                     f"{opened.path} holds a sweep of {task} with {shots} in-context examples, now {self.setup.tasks[task]}: choose "
                     "another --out"
                 )
-        if self.heal and before["heal_settings"] not in (None, self.setup.heal_inputs()):
+        if self.heal and before["heal"] and before["heal_settings"] != self.setup.heal_inputs():
             raise UsageError(f"{opened.path} holds cuts that were healed with other settings: choose another --out")
-        if before["heal"] and not self.heal and self.setup.heal_inputs() != before["heal_settings"]:
-            raise UsageError(
-                f"{opened.path} holds cuts that were healed with other settings: give the same --heal-data and --heal-steps"
-            )
         return replace(
             self,
             setup=replace(self.setup, tasks={**before["tasks"], **self.setup.tasks}),
@@ -166,27 +165,32 @@ def _whole(folder: Path, plan: SweepPlan) -> bool:
 class Sweeper:
     """The phases of one sweep, each skipped where its results lie in the folder."""
 
-    def __init__(self, plan: SweepPlan, folder: RunFolder, stages: Stages, keep: float) -> None:
+    def __init__(
+        self, plan: SweepPlan, folder: RunFolder, stages: Stages, keep: float, asked: dict[str, Any] | None = None
+    ) -> None:
         self.plan, self.folder, self.path, self.stages, self.keep = plan, folder, folder.path, stages, keep
-        self.setup, self.layers, self.say = plan.setup, plan.setup.layers, stages.say
+        self.setup, self.layers, self.say, self.asked = plan.setup, plan.setup.layers, stages.say, asked
 
     def all(self) -> None:
         self.announce()
         self.stages.ready()
-        if self.plan.heal:
+        if self.setup.heal is not None:
             self.stages.check_healing()
+            self.check_room()
+        self.folder.note(asked=self.asked, finished=False)  # not before what can be refused at once is refused
         ranking = self.rank() if "angular" in self.plan.strategies else None
         kept = self.kept(ranking)
         with self.folder.phase("sweep"):
             found = self.stages.sweep(kept.values(), self.path / "answers")
         healed: dict[tuple[str, int], dict[str, Any]] = {}
         for n in self.plan.heal:
+            write_curve(self.path, self.setup.source.label, self.layers, self.rows(kept, found, healed), self.keep)
             for strategy in self.plan.strategies:
-                healed[strategy, n] = heal_depth(self.stages, self.path, strategy, n, ranking)
+                if self.can_cut(strategy, n, ranking):
+                    healed[strategy, n] = heal_depth(self.stages, self.path, strategy, n, ranking)
         with self.folder.phase("figures"):
-            rows = self.rows(kept, found, healed)
-            curve = write_curve(self.path, self.setup.source.label, self.layers, rows, self.keep)
-            figures = self.draw(ranking, curve)
+            curve = write_curve(self.path, self.setup.source.label, self.layers, self.rows(kept, found, healed), self.keep)
+            figures = draw_curve(self.path, curve, ranking)
         self.folder.finish(
             {
                 "model": self.setup.source.name,
@@ -197,6 +201,24 @@ class Sweeper:
             }
         )
         write_report(self.path)
+
+    def can_cut(self, strategy: str, n: int, ranking: Mapping[str, Any] | None) -> bool:
+        """Whether this block can be written as a checkpoint; said where it cannot."""
+        from layerprune.prune.cut import plan_block
+
+        try:
+            plan_block(self.setup.source, self.stages.block(n, strategy, ranking), strategy, None, self.setup.trust_remote_code)
+        except Refused as refusal:
+            self.say(f"left out: the cut of {n} layers ({strategy}) cannot be healed, since it cannot be written ({refusal})")
+            return False
+        return True
+
+    def check_room(self) -> None:
+        """Refuse a disk that cannot hold the healed checkpoints."""
+        each = sum(t.nbytes for t in read_checkpoint(self.setup.source.folder).values())
+        parts = [1 - n / self.layers for n in self.plan.heal for _ in self.plan.strategies]
+        if parts:
+            must_have_room(self.path, each * (sum(parts) + max(parts)), held_bytes(self.path))
 
     def announce(self) -> None:
         setup, plan = self.setup, self.plan
@@ -253,34 +275,35 @@ class Sweeper:
                 made.append(row(self.layers, strategy, stay, True, healed[strategy, n], left))
         return made
 
-    def draw(self, ranking: dict[str, Any] | None, curve: dict[str, Any]) -> list[str]:
-        from layerprune.distances import plot_distances
-        from layerprune.plots import plot_curves
-
-        label = self.setup.source.label
-        found = read_json(self.path / "collapse.json")
-        files = plot_curves(curve, self.path / "figures", label, found)
-        if ranking is not None:
-            files += plot_distances(ranking, self.path / "figures", label)
-        return [str(file.relative_to(self.path)) for file in files]
-
 
 def heal_depth(stages: Stages, folder: Path, strategy: str, n: int, ranking: Mapping[str, Any] | None) -> dict[str, Any]:
     """Cut n layers, heal, and measure what comes out, in heal/<strategy>-<n>/: healed/, adapter/ and eval.json.
 
-    Resumes in the middle of each step. The cut checkpoint is removed when it is healed; `layerprune prune` makes it again.
+    Resumes in the middle of each step, and measures again what was measured on fewer tasks. The cut checkpoint is removed when
+    it is healed; `layerprune prune` makes it again.
     """
     place = folder / "heal" / f"{strategy}-{n}"
-    if (place / "eval.json").exists():
-        return dict(read_json(place / "eval.json"))
-    place.mkdir(parents=True, exist_ok=True)
-    pruned, healed = place / "pruned", place / "healed"
-    stages.say(f"healing the cut of {n} layers ({strategy})")
+    pruned, healed, tasks = place / "pruned", place / "healed", stages.setup.tasks
     if not healed.exists():
+        if stages.setup.heal is None:
+            raise Refused(f"{healed} is gone: give --heal {n / stages.setup.layers:.4g} again, or another --out")
+        stages.say(f"healing the cut of {n} layers ({strategy})")
+        place.mkdir(parents=True, exist_ok=True)
         if not pruned.exists():
             stages.prune(pruned, n / stages.setup.layers, strategy, ranking)
+        (place / "eval.json").unlink(missing_ok=True)
+        shutil.rmtree(place / "adapter", ignore_errors=True)  # of a healed checkpoint that was removed
         stages.heal(pruned, healed, place / "adapter", place / ".work")
-    live, tokenizer = stages.load(healed)
-    write_json(place / "eval.json", stages.measure(live, tokenizer))
     shutil.rmtree(pruned, ignore_errors=True)
+    if depth_measured(stages, folder, strategy, n) is None:
+        stages.say(f"evaluating the healed cut of {n} layers ({strategy})")
+        live, tokenizer = stages.load(healed)
+        write_json(place / "eval.json", {"asked": tasks, **stages.measure(live, tokenizer)})
     return dict(read_json(place / "eval.json"))
+
+
+def depth_measured(stages: Stages, folder: Path, strategy: str, n: int) -> dict[str, Any] | None:
+    """What a healed depth measured; None where it did not, or on fewer tasks than are asked for now."""
+    path = folder / "heal" / f"{strategy}-{n}" / "eval.json"
+    found = read_json(path) if path.exists() else {"asked": {}}
+    return dict(found) if "loss" in found and found["asked"].items() >= stages.setup.tasks.items() else None

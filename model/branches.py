@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from layerprune.model.config import vocab_size
-from layerprune.model.cuts import Kept, describe_dropped
+from layerprune.model.cuts import Kept
 from layerprune.model.decoder import Decoder, forward_logits, virtual_cut
 from layerprune.model.errors import Refused
 from layerprune.model.layerwise import Layerwise, State
@@ -45,21 +45,24 @@ class Asked:
 class Branches:
     """One live decoder under many `kept` tuples.
 
-    kept: those that the model can run; broken: the others, with the reason. shared: whether layers that branches have in
-    common are run once (`layerprune.model.tree`); False where this model does more between its layers than can be followed:
-    then every branch is a pass of its own. logit_bytes: what the logits of a slice of positions, and the copy that their
-    log-softmax takes where it needs one, may occupy. applications and heads count what was run: one layer, or the end of the
-    model, on one batch.
+    kept: those that the model can run; broken: the others, with the reason; a branch whose logits are not numbers joins them
+    when that shows. shared: whether layers that branches have in common are run once (`layerprune.model.tree`); False where
+    this model does more between its layers than can be followed: then every branch is a pass of its own. logit_bytes: what the
+    logits of a slice of positions, and the copy that their log-softmax takes where it needs one, may occupy. applications
+    counts the layers run, one layer on one batch each. Raises Refused for a whole model that does not run.
     """
 
     def __init__(self, decoder: Decoder, kept: Iterable[Kept], logit_bytes: int) -> None:
         self.decoder, self._vocab, self._logit_bytes = decoder, vocab_size(decoder.model.config), logit_bytes
         every = tuple(dict.fromkeys(kept))
         self.shared, self.broken = exact_branches(decoder, every, self._vocab)
+        whole = tuple(range(len(decoder)))
+        if whole in self.broken:
+            raise Refused(f"this model does not run here, with all of its layers: {self.broken[whole]}")
         self.kept = tuple(k for k in every if k not in self.broken)
         self._layerwise = Layerwise(decoder) if self.shared else None
         self._trees: dict[tuple[Kept, ...], CutTree] = {}
-        self.applications = self.heads = 0
+        self.applications = 0
 
     def tree(self, kept: Sequence[Kept]) -> CutTree:
         key = tuple(kept)
@@ -71,7 +74,8 @@ class Branches:
         """What the hidden states of one token take when these branches are walked."""
         config = self.decoder.model.config.get_text_config()
         width = int(getattr(config, "hidden_size", 0) or self.decoder.model.get_input_embeddings().weight.shape[-1])
-        return (self.tree(kept).alive if self.shared else 1) * width * self.decoder.model.dtype.itemsize
+        # the batch keeps its own first state, whose layers may need it again
+        return (self.tree(kept).alive + 1 if self.shared else 1) * width * self.decoder.model.dtype.itemsize
 
     @torch.no_grad()
     def score(
@@ -87,7 +91,8 @@ class Branches:
         each token is the most probable one.
 
         ids_BT is padded on the right; without a mask that is right too, since causal attention never looks there.
-        dtype: of the log-softmax, by default that of the logits. Raises Refused for what is not a number.
+        dtype: of the log-softmax, by default that of the logits. Where a cut gives what is not a number it goes to `broken`,
+        and its values are NaN; Refused where the whole model does.
         """
         found: list[tuple[torch.Tensor, torch.Tensor | None] | None] = [None] * len(kept)
         for ends, answer in self._each(kept, ids_BT, mask_BT, asked, dtype, greedy):
@@ -95,13 +100,12 @@ class Branches:
                 found[end] = answer
         back_N = asked.back_N.cpu()
         value_AN = torch.stack([answer[0] for answer in found if answer is not None]).cpu()[:, back_N]
-        wrong = value_AN.isnan().any(dim=1)
-        if wrong.any():
-            cut = describe_dropped(kept[int(wrong.nonzero()[0])], len(self.decoder))
-            raise Refused(
-                f"the model's logits are not numbers (dropped layers: {cut}): its weights or this dtype overflow (try --dtype "
-                "float32)"
-            )
+        for number in value_AN.isnan().any(dim=1).nonzero()[:, 0].tolist():
+            why = "the model's logits are not numbers: its weights or this dtype overflow (try --dtype float32)"
+            if len(kept[number]) == len(self.decoder):
+                raise Refused(why)
+            self.broken.setdefault(kept[number], why)
+            value_AN[number] = torch.nan
         if not greedy:
             return value_AN, None
         flags = [answer[1] for answer in found if answer is not None and answer[1] is not None]
@@ -153,7 +157,6 @@ class Branches:
         greedy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Answer the questions of one branch, in slices of places and the questions about them."""
-        self.heads += 1
         values, flags = [], []
         for part, ask in slices:
             logits_PV = logits(asked.row_P[part], asked.position_P[part])
@@ -172,7 +175,8 @@ class Branches:
         slice is best, since a model's forward pass waits for the device once.
         """
         size = self.decoder.model.dtype.itemsize
-        fused = fusable and self.decoder.device.type == "cuda" and _fused() is not _differences
+        head = self.decoder.device
+        fused = fusable and head.type == "cuda" and _fused(self.decoder.model.dtype, head) is not _differences
         step = max(1, self._logit_bytes // (self._vocab * (size if fused else size + 4)))
         if self.decoder.device.type == "cpu":
             width = self.decoder.model.get_input_embeddings().weight.shape[-1]
@@ -187,7 +191,7 @@ def _log_probabilities(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-softmax in `dtype` at (place, token); on a CPU a few places at a time, so that it stays in the cache."""
     if logits_PV.device.type == "cuda" and dtype == torch.float32 and not greedy:
-        return _fused()(logits_PV, place_N, token_N), None
+        return _fused(logits_PV.dtype, logits_PV.device)(logits_PV, place_N, token_N), None
     step = len(logits_PV) if logits_PV.device.type != "cpu" else max(1, (2 << 20) // (4 * logits_PV.shape[1]))
     value_N = torch.empty(len(token_N), dtype=dtype or logits_PV.dtype, device=logits_PV.device)
     best_P = torch.empty(len(logits_PV), dtype=torch.long, device=logits_PV.device)
@@ -210,13 +214,13 @@ def _differences(logits_PV: torch.Tensor, place_N: torch.Tensor, token_N: torch.
 
 
 @functools.cache
-def _fused() -> Callable[..., torch.Tensor]:
+def _fused(dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
     """`_differences` as one kernel, which reads the logits and writes nothing of their size; in plain steps where nothing
     can be compiled. Seven eighths of a softmax's time on a GPU are float32 copies of the logits."""
     try:
         compiled = torch.compile(_differences, dynamic=True)
-        some = torch.zeros(1, dtype=torch.long, device="cuda")
-        compiled(torch.zeros((3, 5), device="cuda", dtype=torch.bfloat16), some, some)
+        some = torch.zeros(1, dtype=torch.long, device=device)
+        compiled(torch.zeros((3, 5), device=device, dtype=dtype), some, some)
         return compiled
     except Exception:  # no compiler, no Triton: whatever the reason, the plain steps are right
         return _differences

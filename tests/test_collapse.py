@@ -15,7 +15,6 @@ from layerprune.eval.collapse import (
     Plateau,
     accuracy_interval,
     analyse,
-    chance_level,
     loss_rise,
     plateau,
     recommend,
@@ -261,18 +260,6 @@ def test_all_wrong_after_all_right() -> None:
     assert transition([0, 3], [[1] * 30, [0] * 30], 0.0).first == 3
 
 
-def test_chance_levels() -> None:
-    assert chance_level([4, 4, 4]).value == 0.25
-    assert chance_level([4, 2]).value == pytest.approx(0.375)
-    assert chance_level([2, 2, 2], None).value == 0.5
-    assert chance_level([2, 2, 2, 2], ["yes", "no", "no", "no"]) == dataclasses.replace(
-        chance_level([2]), value=0.75, source="majority class"
-    )
-    assert chance_level([2, 2, 2], ["a", "b", "c"]).value == 0.5  # answers that are texts
-    assert chance_level([3, 3, 3], [0, 0, 0]).value == pytest.approx(1 / 3)
-    assert len({chance_level(c).source for c in ([4, 4], [4, 2])}) == 2
-
-
 def test_loss() -> None:
     rise = loss_rise([0, 1, 3, 6], [0.3, 0.4, 0.9, 1.5], 8)
     assert (rise.from_n, rise.to_n, rise.from_fraction, rise.to_fraction) == (1, 3, 0.125, 0.375)
@@ -395,9 +382,6 @@ def test_bad_curves(function: Callable[..., Any], drops: list[int], correct: Any
         (lambda: retained_interval([[0, 0, 0, 0]], 0.25), "at least one item"),
         (lambda: accuracy_interval([]), "at least one item"),
         (lambda: accuracy_interval([0, 3]), "other than 0 and 1"),
-        (lambda: chance_level([]), "no items"),
-        (lambda: chance_level([2, 0]), "0 choices"),
-        (lambda: chance_level([2, 2], [1]), "1 answers for 2 items"),
         (lambda: loss_rise([0, 1], [0.1], 4), "1 losses for 2 depths"),
         (lambda: loss_rise([0, 4], [0.1, 0.2], 4), "4 dropped of 4 layers"),
         (lambda: recommend({"a": plateau([0, 1], OK, 0.25), "b": plateau([0, 1], OK, 0.25, 0.9)}), "different share"),

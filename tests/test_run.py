@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,17 @@ def test_the_same_command_again_does_nothing(inputs: Path, undisturbed: Path) ->
     assert before == after
     as_json = json.loads(run(inputs, undisturbed, "--json").stdout)
     assert as_json["checkpoint"] == str(undisturbed / "healed")
+
+
+def test_another_share_to_keep_is_answered_from_what_was_measured(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(undisturbed, out)
+    found = run(inputs, out, "--keep", "0.5")
+    assert found.returncode == 0, found.stderr
+    changed = {name for name, value in results(out).items() if value != results(undisturbed)[name]}
+    assert {"collapse.json", "manifest.json"} <= changed and not changed & {"curve.json", "eval.json", "rank.json"}
+    assert json.loads((out / "collapse.json").read_text())["keep"] == 0.5
+    assert "50 %" in (out / "report.html").read_text()
 
 
 def test_other_inputs_are_refused(inputs: Path, undisturbed: Path) -> None:

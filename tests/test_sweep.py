@@ -15,7 +15,8 @@ import torch
 
 from layerprune import curve as curve_of
 from layerprune.eval.evaluate import evaluate_checkpoint
-from layerprune.model.errors import UsageError
+from layerprune.model.errors import Refused, UsageError
+from layerprune.model.fingerprint import folder_fingerprint
 from layerprune.prune.cut import prune_checkpoint
 from layerprune.search import find, most_tests, search
 from layerprune.sweeping import parse_drops, sweep
@@ -112,6 +113,50 @@ def test_a_longer_sweep_reuses_what_is_there(swept: Path, run_inputs: Path, tmp_
         sweep(run_inputs / "model", out=out, seed=1, **more)
 
 
+def test_what_is_refused_at_once_leaves_the_folder_as_it_was(swept: Path, run_inputs: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(swept, tmp_path / "copy"))
+    before = (out / "manifest.json").read_bytes()
+    none = str(tmp_path / "none.jsonl")
+    for wrong in ({"tasks": ["tinyy"]}, {"heal": [0.5], "heal_steps": 0}, {"heal": [0.5], "heal_data": none}):
+        with pytest.raises((UsageError, Refused)):
+            sweep(run_inputs / "model", out=out, **{**settings(run_inputs), **wrong})
+        assert (out / "manifest.json").read_bytes() == before
+    lines: list[str] = []
+    sweep(run_inputs / "model", out=out, **{**settings(run_inputs), "say": lines.append})  # without --heal: what is healed stays
+    assert "finished" in lines[-1]
+
+
+def test_a_task_that_comes_later_reaches_the_healed_cuts(swept: Path, run_inputs: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(swept, tmp_path / "copy"))
+    tasks = tmp_path / "tasks"
+    shutil.copytree(run_inputs / "tasks", tasks)
+    task = (tasks / "tiny.yaml").read_text()
+    more = {**settings(run_inputs), "task_folder": tasks}
+    task = task.replace("task: tiny", "task: second").replace("doc_to_target: gold", "doc_to_target: 0")
+    (tasks / "second.yaml").write_text(task)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["inputs"]["task_folder"] = folder_fingerprint(tasks)  # as if the folder had held both from the start
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    sweep(run_inputs / "model", out=out, **{**more, "tasks": ["second"]})
+    rows = rows_of(out)
+    assert all(set(row["tasks"]) == {"tiny/acc", "second/acc"} for row in rows.values())
+    old = rows_of(swept)
+    assert all(row["tasks"]["tiny/acc"] == old[key]["tasks"]["tiny/acc"] for key, row in rows.items())
+
+
+def test_a_healed_checkpoint_that_is_gone_is_made_again(swept: Path, run_inputs: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(swept, tmp_path / "copy"))
+    weights = "heal/last-3/healed/model.safetensors"
+    before = (out / weights).read_bytes()
+    shutil.rmtree(out / "heal/last-3/healed")
+    with pytest.raises(Refused, match="is gone: give --heal"):
+        sweep(run_inputs / "model", out=out, **settings(run_inputs))
+    sweep(run_inputs / "model", heal=[0.375], out=out, **settings(run_inputs))
+    assert (out / weights).read_bytes() == before and rows_of(out) == rows_of(swept)
+    page = (out / "report.html").read_text()
+    assert "heal/angular-3/healed" in page or "layerprune prune" in page
+
+
 @pytest.mark.parametrize(
     ("text", "depths"),
     [
@@ -178,15 +223,28 @@ def test_finding_a_cut(run_inputs: Path, tmp_path: Path) -> None:
     """A model that knows nothing has nothing to keep; one that is made to know its answers is searched, and resumed."""
     teach(run_inputs, tmp_path)
     lines: list[str] = []
-    more = {**settings(run_inputs), "task_folder": tmp_path / "tasks", "say": lines.append}
+    held: list[int] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if "healed: " in line:  # a depth was measured
+            held.append(len(list((tmp_path / "found" / "heal").glob("*/healed"))))
+
+    more = {**settings(run_inputs), "task_folder": tmp_path / "tasks", "say": say}
     found = find(tmp_path / "model", keep=0.5, strategy="last", out=tmp_path / "found", **more)
     text = "\n".join(lines)
     assert "cuts will be healed, at most" in text and "look at n =" in text
     assert found["why"] and found["tested"]
+    assert found["n"] > 0 and dict(found["tested"])[found["n"]]
     healed = {path.name for path in (tmp_path / "found" / "heal").iterdir() if (path / "healed").exists()}
-    assert healed == ({f"last-{found['n']}"} if found["n"] else set())
-    passed = dict(found["tested"])
-    assert found["n"] == 0 or passed[found["n"]]
+    assert healed == {f"last-{found['n']}"} and max(held) <= 2
+    assert "layerprune find --model" in (tmp_path / "found" / "report.html").read_text()
+    (tmp_path / "found" / "manifest.json").write_text(
+        json.dumps({**json.loads((tmp_path / "found" / "manifest.json").read_text()), "finished": False})
+    )
+    lines.clear()
+    resumed = find(tmp_path / "model", keep=0.5, strategy="last", out=tmp_path / "found", **more)
+    assert resumed == found and not any(line.startswith("healing the cut") for line in lines)
     lines.clear()
     again = find(tmp_path / "model", keep=0.5, strategy="last", out=tmp_path / "found", **more)
     assert again == found and "finished" in lines[-1]

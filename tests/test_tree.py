@@ -198,15 +198,19 @@ def test_slices_of_the_head_do_not_change_a_document(decoder: Decoder, budget: i
         assert greedy[b].tolist() == [int(alone[r][p].argmax()) == t for r, p, t in at]
 
 
-def test_what_is_not_a_number_is_refused(own_llama: Path) -> None:
+def test_what_is_not_a_number_is_left_out_or_refused(own_llama: Path) -> None:
     live = load_model(own_llama, device="cpu", dtype="float32")
     with torch.no_grad():
         live.model.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
     decoder = view_decoder(live)
-    branches = Branches(decoder, [(0, 1, 3, 4), (0, 1, 2, 3, 4)], 1 << 20)
     asked = Asked.make(torch.tensor([0]), torch.tensor([2]), torch.tensor([4]), 4)
-    with pytest.raises(Refused, match=r"not numbers \(dropped layers: none\)"):
-        branches.score(branches.kept, torch.ones((1, 4), dtype=torch.long), None, asked)
+    ids_BT = torch.ones((1, 4), dtype=torch.long)
+    branches = Branches(decoder, [(0, 1, 3, 4), (0, 1, 2, 4)], 1 << 20)
+    values, _ = branches.score(branches.kept, ids_BT, None, asked)
+    assert list(branches.broken) == [(0, 1, 2, 4)] and values.isnan().tolist() == [[False], [True]]
+    whole = Branches(decoder, [(0, 1, 3, 4), (0, 1, 2, 3, 4)], 1 << 20)
+    with pytest.raises(Refused, match="not numbers"):
+        whole.score(whole.kept, ids_BT, None, asked)
 
 
 def test_a_model_that_does_more_between_its_layers_is_not_trusted_to_the_tree(own_llama: Path) -> None:
