@@ -1,4 +1,4 @@
-"""The README's picture: the demo run with all items of its tasks and more depths.
+"""The README's picture: the demo model at every depth, on all items of its tasks, healed at two of them.
 
     python benchmarks/demo_curve.py --out benchmarks/demo_curve.json --picture docs/demo-curve.png
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from record import write_record
 
-CALL = "run --model demo --drop 0.4 --limit 1000 --curve 0.05,0.1,0.15,0.2,0.25,0.3,0.35,0.5,0.6"
+CALL = "sweep --model demo --limit 1000 --heal 0.25,0.4"
 
 
 def main() -> None:
@@ -25,19 +25,24 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "layerprune", *CALL.split()], cwd=folder, check=True)
-        made = Path(folder) / "runs" / "demo-angular-0.4"
+        made = Path(folder) / "runs" / "demo-sweep"
         curve = json.loads((made / "curve.json").read_text())
+        found = json.loads((made / "collapse.json").read_text())["series"]
         if given.picture:
             shutil.copyfile(made / "figures" / "curve.png", given.picture)
     rows = [
         {
-            **{key: row[key] for key in ("n", "fraction", "healed", "loss")},
+            **{key: row[key] for key in ("strategy", "n", "fraction", "healed", "loss")},
             "dropped": sorted(set(range(curve["layers"])) - set(row["kept"])),
             "tasks": row["tasks"],
         }
         for row in curve["rows"]
     ]
-    write_record(given.out, "cpu", {"layers": curve["layers"], "run": f"layerprune {CALL}"}, {"rows": rows})
+    series = {
+        name: {task: data["transition"] for task, data in one["tasks"].items()} | {"recommendation": one["recommendation"]}
+        for name, one in found.items()
+    }
+    write_record(given.out, "cpu", {"layers": curve["layers"], "run": f"layerprune {CALL}"}, {"rows": rows, "collapse": series})
 
 
 if __name__ == "__main__":

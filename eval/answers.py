@@ -52,8 +52,9 @@ class Answers:
         self._unsaved_text: list[tuple[Kept, Key, str]] = []
         self._saved_at = time.monotonic()
         self._files = 0
-        for path in sorted(folder.glob("*.*")) if folder is not None and folder.is_dir() else ():
-            self._read(path)
+        for path in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ():
+            if path.suffix in (".npz", ".json") and not path.name.startswith("."):
+                self._read(path)
 
     def __len__(self) -> int:
         return len(self._at)
@@ -145,8 +146,6 @@ class Answers:
                 temporary.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
-        if path.name.startswith("."):
-            return
         try:
             if path.suffix == ".json":
                 for kept, key, text in json.loads(path.read_bytes()):

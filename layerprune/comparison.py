@@ -158,6 +158,10 @@ def _notes(runs: Sequence[Mapping[str, Any]], tasks: Sequence[str], loss: bool) 
             if key == "data":
                 known = {label: str(value)[:8] for label, value in known.items()}
             told(f"loss is over {what}", known)
+    parts = ("asked", "inputs")
+    places = [(run["label"], part) for run in runs for part in (run["manifest"], *(manifest_part(run, name) for name in parts))]
+    told("the cut recommended keeps another share", {label: part["keep"] for label, part in places if "keep" in part})
+    notes += [f"{run['label']} is not finished" for run in runs if run["manifest"].get("finished") is False]
     return notes
 
 

@@ -107,8 +107,19 @@ def collapse(layers: int, rows: Sequence[Mapping[str, Any]], keep: float) -> dic
     found = analyse(layers, data, keep, CONFIDENCE)
     for name, one in found["series"].items():
         one["not_counted"] = left[name]
+        _only_writable(one["recommendation"], series(rows)[name])
     found["verdict"] = verdict(found)
     return found
+
+
+def _only_writable(advice: dict[str, Any], own: Sequence[Mapping[str, Any]]) -> None:
+    """Take a recommendation back to the deepest cut that can be written as a checkpoint."""
+    possible = [r["n"] for r in own if r.get("writable", True)]
+    for key in ("n", "likely"):
+        back = max(n for n in possible if n <= advice[key])
+        if key == "n" and back < advice["n"]:
+            advice["why"] += f" That depth cannot be had as a checkpoint; {back} is the deepest before it that can."
+        advice[key] = back
 
 
 def verdict(found: Mapping[str, Any]) -> dict[str, Any] | None:

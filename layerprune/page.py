@@ -61,7 +61,9 @@ def _facts(folder: Path) -> Facts:
     own = series(rows)
     names = list(own)
     tasks = list(dict.fromkeys(task for r in rows for task in r["tasks"]))
-    verdict = _verdict(layers, own, collapse, evaluation)
+    answer = manifest.get("answer", {}).get("series")  # of a search: the page speaks of what it found
+    spoken = {answer: own[answer]} if answer in own else own
+    verdict = _verdict(layers, spoken, collapse, evaluation)
     panels = [_panel(layers, own, task, collapse) for task in tasks] + [_panel(layers, own, None, collapse)]
     panels = [panel for panel in panels if panel["lines"]]
     heat = _heat(rank) if rank.get("distance") else None

@@ -100,8 +100,8 @@ class _Run:
             rows = self.rows(ranking, evaluation)
             curve = write_curve(self.path, self.plan.source.label, self.plan.layers, rows, self.keep)
             figures = draw_curve(self.path, curve, ranking)
-        self.folder.finish(self.result(evaluation, block, distance, figures))
         write_report(self.path)
+        self.folder.finish(self.result(evaluation, block, distance, figures))
 
     def announce(self) -> None:
         plan = self.plan

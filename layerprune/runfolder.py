@@ -85,7 +85,8 @@ def open_run(path: Path, inputs: dict[str, Any], given: dict[str, Any] | None = 
         begun = False
     if not begun:
         must_not_exist(path)
-    with no_space_refusal(path), made_folder(path), locked(path, "at work"):
+    kept = "what was found is kept, and the same command goes on with it"
+    with no_space_refusal(path, kept), made_folder(path), locked(path, "at work"):
         new = not manifest_path.exists()
         try:
             if new:

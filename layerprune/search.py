@@ -12,7 +12,7 @@ from typing import Any
 from layerprune.curve import collapse, draw_curve, row, write_curve
 from layerprune.eval.collapse import check_keep
 from layerprune.model.errors import Refused, UsageError
-from layerprune.model.files import must_have_room, read_json
+from layerprune.model.files import must_have_room, read_json, write_json
 from layerprune.page import write_report
 from layerprune.runfolder import open_run
 from layerprune.runplan import as_bytes, as_time, costs, held_bytes, step_hours, unknown_tasks
@@ -107,8 +107,7 @@ def find(
     check_keep(keep)
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is not a number above 0")
-    plan = plan_sweep(model, [strategy], None, (0.5,), **settings)
-    plan = replace(plan, heal=())
+    plan = replace(plan_sweep(model, [strategy], None, (0.5,), **settings), heal=())
     if not plan.setup.tasks:
         raise UsageError("--tasks is empty, and so is the recipe: which accuracy is to be kept?")
     folder = Path(out) if out is not None else Path("runs") / f"{plan.setup.source.label}-find"
@@ -144,7 +143,8 @@ class _Finder(Sweeper):
         healed: dict[tuple[str, int], dict[str, Any]] = {}
 
         def passes(n: int) -> bool:
-            if swept[kept[strategy, n]] is None or not self.can_cut(strategy, n, ranking):
+            if swept[kept[strategy, n]] is None or (strategy, n) in self.not_written:
+                self.say(f"n = {n}: does not pass, since it cannot be had")
                 return False
             done = depth_measured(self.stages, self.path, strategy, n)  # its weights may be gone
             healed[strategy, n] = done or heal_depth(self.stages, self.path, strategy, n, ranking)
@@ -168,8 +168,16 @@ class _Finder(Sweeper):
                     self.forget(strategy, n)
         rows = self.rows(kept, swept, healed)
         curve = write_curve(self.path, self.setup.source.label, self.layers, rows, self.keep)
+        advice = read_json(self.path / "collapse.json")
+        if found.n:  # of all series this one is the answer
+            name = f"{strategy} healed"
+            best = advice["series"][name]["recommendation"]
+            advice["verdict"] = {"series": name, **best, "n": found.n, "fraction": found.n / self.layers}
+            write_json(self.path / "collapse.json", advice)
         figures = draw_curve(self.path, curve, ranking)
         checkpoint = f"heal/{strategy}-{found.n}/healed" if found.n else None
+        self.folder.note(answer={"series": f"{strategy} healed", "n": found.n})
+        write_report(self.path)
         self.folder.finish(
             {
                 "model": self.setup.source.name,
@@ -183,10 +191,9 @@ class _Finder(Sweeper):
                 "rows": [r for r in curve["rows"] if r["n"] == 0 or (r["healed"] and r["n"] == found.n)],
                 "checkpoint": checkpoint,
                 "figures": figures,
-                "collapse": read_json(self.path / "collapse.json"),
+                "collapse": advice,
             }
         )
-        write_report(self.path)
 
     def forget(self, strategy: str, n: int) -> None:
         """Remove the weights of a depth that is measured; its eval.json stays."""

@@ -93,6 +93,8 @@ class SweepPlan:
         before = opened.manifest.get("asked")
         if before is None:
             return self
+        if not (isinstance(before, dict) and {"strategies", "drops", "heal", "heal_settings", "tasks"} <= set(before)):
+            raise Refused(f"{opened.path}/manifest.json is damaged: choose another --out")
         for task, shots in before["tasks"].items():
             if self.setup.tasks.get(task, shots) != shots:
                 raise UsageError(
@@ -121,7 +123,10 @@ def plan_sweep(
     source = find_model(str(model))
     layers = layer_count(load_config(source.folder, settings.get("trust_remote_code", False)))
     depths = parse_drops(drops, layers)
-    healed = tuple(sorted({drop_count(fraction, layers) for fraction in heal}))
+    try:
+        healed = tuple(sorted({drop_count(fraction, layers) for fraction in heal}))
+    except UsageError as error:
+        raise UsageError(str(error).replace("--drop", "--heal")) from None
     setup = set_up(source, heal=bool(heal), **settings)
     ordered = tuple(s for s in STRATEGIES if s in strategies)
     return SweepPlan(setup, ordered, tuple(sorted({*depths, *healed})), healed)
@@ -132,6 +137,8 @@ def parse_drops(drops: str | Sequence[float] | None, layers: int) -> tuple[int, 
 
     A range takes every n with a L <= n <= b L, both ends included. Raises UsageError, also where no depth is left.
     """
+    if layers == 1:
+        raise UsageError("this model has one layer, and one must stay: there is nothing to drop")
     if drops is None:
         return tuple(range(1, layers))
     if isinstance(drops, str):
@@ -170,6 +177,7 @@ class Sweeper:
     ) -> None:
         self.plan, self.folder, self.path, self.stages, self.keep = plan, folder, folder.path, stages, keep
         self.setup, self.layers, self.say, self.asked = plan.setup, plan.setup.layers, stages.say, asked
+        self.not_written: set[tuple[str, int]] = set()
 
     def all(self) -> None:
         self.announce()
@@ -178,6 +186,7 @@ class Sweeper:
             self.stages.check_healing()
             self.check_room()
         self.folder.note(asked=self.asked, finished=False)  # not before what can be refused at once is refused
+        (self.path / "report.html").unlink(missing_ok=True)  # it would speak of less than what is asked for now
         ranking = self.rank() if "angular" in self.plan.strategies else None
         kept = self.kept(ranking)
         with self.folder.phase("sweep"):
@@ -186,11 +195,18 @@ class Sweeper:
         for n in self.plan.heal:
             write_curve(self.path, self.setup.source.label, self.layers, self.rows(kept, found, healed), self.keep)
             for strategy in self.plan.strategies:
-                if self.can_cut(strategy, n, ranking):
+                if (strategy, n) in self.not_written:
+                    self.say(f"left out: the cut of {n} layers ({strategy}) cannot be healed, since it cannot be written")
+                elif self.setup.heal is not None or (self.path / "heal" / f"{strategy}-{n}" / "healed").exists():
                     healed[strategy, n] = heal_depth(self.stages, self.path, strategy, n, ranking)
+                elif (measured := depth_measured(self.stages, self.path, strategy, n)) is not None:
+                    healed[strategy, n] = measured
+                else:
+                    self.say(f"the cut of {n} layers ({strategy}) is not healed: give --heal {n / self.layers:.4g} again for that")
         with self.folder.phase("figures"):
             curve = write_curve(self.path, self.setup.source.label, self.layers, self.rows(kept, found, healed), self.keep)
             figures = draw_curve(self.path, curve, ranking)
+        write_report(self.path)
         self.folder.finish(
             {
                 "model": self.setup.source.name,
@@ -200,18 +216,23 @@ class Sweeper:
                 "figures": figures,
             }
         )
-        write_report(self.path)
 
-    def can_cut(self, strategy: str, n: int, ranking: Mapping[str, Any] | None) -> bool:
-        """Whether this block can be written as a checkpoint; said where it cannot."""
+    def refused(self, kept: Mapping[tuple[str, int], Kept], ranking: Mapping[str, Any] | None) -> set[tuple[str, int]]:
+        """The cuts that cannot be written as a checkpoint of this architecture; they are measured, and not recommended."""
         from layerprune.prune.cut import plan_block
 
-        try:
-            plan_block(self.setup.source, self.stages.block(n, strategy, ranking), strategy, None, self.setup.trust_remote_code)
-        except Refused as refusal:
-            self.say(f"left out: the cut of {n} layers ({strategy}) cannot be healed, since it cannot be written ({refusal})")
-            return False
-        return True
+        reasons: dict[str, list[tuple[str, int]]] = {}
+        for strategy, n in kept:
+            try:
+                if n:
+                    block = self.stages.block(n, strategy, ranking)
+                    plan_block(self.setup.source, block, strategy, None, self.setup.trust_remote_code)
+            except Refused as refusal:
+                reasons.setdefault(str(refusal), []).append((strategy, n))
+        for reason, cuts in reasons.items():
+            which = ", ".join(f"{n} ({strategy})" for strategy, n in cuts)
+            self.say(f"measured, but not to be had as a checkpoint: n = {which}, since {reason}")
+        return {cut for cuts in reasons.values() for cut in cuts}
 
     def check_room(self) -> None:
         """Refuse a disk that cannot hold the healed checkpoints."""
@@ -246,6 +267,7 @@ class Sweeper:
             f"{len(tree.branches)} models in one pass: {tree.applications:,} layer applications a batch instead of {tree.alone:,} "
             f"({tree.alone / tree.applications:.1f} times fewer), at most {tree.alive} hidden states at once{self.time(tree)}"
         )
+        self.not_written = self.refused(found, ranking)
         return found
 
     def time(self, tree: CutTree) -> str:
@@ -270,7 +292,8 @@ class Sweeper:
             left = total - sum(each) + sum(each[i] for i in stay)
             measured = found[stay]
             if measured is not None:
-                made.append(row(self.layers, strategy, stay, False, measured, left))
+                one = row(self.layers, strategy, stay, False, measured, left)
+                made.append({**one, "writable": False} if (strategy, n) in self.not_written else one)
             if (strategy, n) in healed:
                 made.append(row(self.layers, strategy, stay, True, healed[strategy, n], left))
         return made
@@ -285,8 +308,6 @@ def heal_depth(stages: Stages, folder: Path, strategy: str, n: int, ranking: Map
     place = folder / "heal" / f"{strategy}-{n}"
     pruned, healed, tasks = place / "pruned", place / "healed", stages.setup.tasks
     if not healed.exists():
-        if stages.setup.heal is None:
-            raise Refused(f"{healed} is gone: give --heal {n / stages.setup.layers:.4g} again, or another --out")
         stages.say(f"healing the cut of {n} layers ({strategy})")
         place.mkdir(parents=True, exist_ok=True)
         if not pruned.exists():

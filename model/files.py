@@ -67,10 +67,10 @@ def _nearest_existing(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def no_space_refusal(target: Path) -> Iterator[None]:
+def no_space_refusal(target: Path, left: str = "nothing was left there") -> Iterator[None]:
     """Turn a full disk, a quota or a read-only place into one sentence about `target`.
 
-    One that an inner file was refused with already becomes a sentence about `target` too.
+    One that an inner file was refused with already becomes a sentence about `target` too. left: what became of it.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def no_space_refusal(target: Path) -> Iterator[None]:
         error = told.__cause__ if isinstance(told, Refused) else told
         # safetensors reports the system's error in words only
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
-            raise Refused(f"the disk is full: could not write {target}; nothing was left there") from error
+            raise Refused(f"the disk is full: could not write {target}; {left}") from error
         if not isinstance(error, OSError):
             raise
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):

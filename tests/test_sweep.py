@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from layerprune import curve as curve_of
+from layerprune import sweeping
 from layerprune.eval.evaluate import evaluate_checkpoint
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.fingerprint import folder_fingerprint
@@ -144,13 +145,48 @@ def test_a_task_that_comes_later_reaches_the_healed_cuts(swept: Path, run_inputs
     assert all(row["tasks"]["tiny/acc"] == old[key]["tasks"]["tiny/acc"] for key, row in rows.items())
 
 
+def test_a_killed_extension_leaves_no_page_of_less(
+    swept: Path, run_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, more = tmp_path / "out", settings(run_inputs)
+    sweep(run_inputs / "model", drops="0.5", out=out, **more)
+
+    def killed(folder: Path) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sweeping, "write_report", killed)
+        sweep(run_inputs / "model", out=out, **more)
+    assert not (out / "report.html").exists()
+    sweep(run_inputs / "model", heal=[], out=out, **more)
+    unhealed = {key: row for key, row in rows_of(swept).items() if not key[2]}
+    assert rows_of(out) == unhealed and (out / "report.html").exists()
+
+
+def test_a_cut_that_cannot_be_written_is_not_recommended(swept: Path) -> None:
+    rows = curve_of.read_rows(swept)
+    for row in rows:  # as good as the whole model, at every depth
+        row["items"] = {"tiny/acc": "1" * 200}
+    assert curve_of.collapse(8, rows, 0.9)["verdict"]["n"] == 7
+    some = [{**row, "writable": row["n"] not in (6, 7) and not row["healed"]} for row in rows]
+    found = curve_of.collapse(8, some, 0.9)
+    assert found["verdict"]["n"] == found["verdict"]["likely"] == 5 and "cannot be had" in found["verdict"]["why"]
+
+
+def test_a_model_of_one_layer(build_llama: Any, run_inputs: Path, tmp_path: Path) -> None:
+    build_llama(tmp_path / "one", layers=1)
+    with pytest.raises(UsageError, match="one layer"):
+        sweep(tmp_path / "one", out=tmp_path / "out", **settings(run_inputs))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_healed_checkpoint_that_is_gone_is_made_again(swept: Path, run_inputs: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(swept, tmp_path / "copy"))
     weights = "heal/last-3/healed/model.safetensors"
     before = (out / weights).read_bytes()
     shutil.rmtree(out / "heal/last-3/healed")
-    with pytest.raises(Refused, match="is gone: give --heal"):
-        sweep(run_inputs / "model", out=out, **settings(run_inputs))
+    sweep(run_inputs / "model", out=out, **settings(run_inputs))  # without --heal its measurement counts
+    assert rows_of(out) == rows_of(swept) and not (out / weights).exists()
     sweep(run_inputs / "model", heal=[0.375], out=out, **settings(run_inputs))
     assert (out / weights).read_bytes() == before and rows_of(out) == rows_of(swept)
     page = (out / "report.html").read_text()
@@ -238,7 +274,9 @@ def test_finding_a_cut(run_inputs: Path, tmp_path: Path) -> None:
     assert found["n"] > 0 and dict(found["tested"])[found["n"]]
     healed = {path.name for path in (tmp_path / "found" / "heal").iterdir() if (path / "healed").exists()}
     assert healed == {f"last-{found['n']}"} and max(held) <= 2
-    assert "layerprune find --model" in (tmp_path / "found" / "report.html").read_text()
+    page = (tmp_path / "found" / "report.html").read_text()
+    assert "layerprune find --model" in page and f"Drop {found['n']} of 8 layers" in page and f"last-{found['n']}/healed" in page
+    assert json.loads((tmp_path / "found" / "collapse.json").read_text())["verdict"]["series"] == "last healed"
     (tmp_path / "found" / "manifest.json").write_text(
         json.dumps({**json.loads((tmp_path / "found" / "manifest.json").read_text()), "finished": False})
     )
