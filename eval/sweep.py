@@ -12,7 +12,7 @@ import torch
 from layerprune.eval.answers import Answers, sample_key
 from layerprune.eval.harness import LiveModel, Request
 from layerprune.eval.memory import logit_budget, state_budget, token_budget
-from layerprune.eval.tasks import TaskSet, ask_harness, built_once, summarise
+from layerprune.eval.tasks import TaskSet, ask_harness, built_once, quiet, summarise
 from layerprune.model.branches import Asked, Branches, padded
 from layerprune.model.config import vocab_size
 from layerprune.model.cuts import Kept, describe_dropped
@@ -247,7 +247,8 @@ def _sweep_tasks(
     """Score each branch by lm-eval, whose requests are built once."""
     training = branches.decoder.model.training
     try:
-        lm = BranchedModel(branches, tokenizer, store, batch_size, progress, say)
+        with quiet():
+            lm = BranchedModel(branches, tokenizer, store, batch_size, progress, say)
         with built_once(tasks), progress_bar(len(branches.kept), "depths", "depth", progress) as bar:
             for one in branches.kept:
                 if one in branches.broken:

@@ -82,7 +82,7 @@ def _load_one(manager: Any, name: str) -> dict[str, Any]:
     from datasets.exceptions import DatasetsError
 
     try:
-        with _quiet():
+        with quiet():
             return manager.load([name])
     except (DatasetsError, *network_errors()) as error:
         raise Refused(
@@ -98,7 +98,7 @@ def _load_one(manager: Any, name: str) -> dict[str, Any]:
 def _try_first_item(name: str, task: Any, seed: int) -> None:
     """Build the first prompt, so that a task whose file does not fit its data is refused before a model is loaded."""
     try:
-        with _quiet():
+        with quiet():
             task.set_fewshot_seed(seed=lm_eval_seeds(seed)[3])
             task.build_all_requests(limit=1)
     except Exception as error:  # as above
@@ -120,7 +120,7 @@ def _manager(names: tuple[str, ...], folder: Path | None) -> Any:
         return _all_tasks()
     if not folder.is_dir():
         raise UsageError(f"the task folder {folder} does not exist")
-    with _quiet():
+    with quiet():
         local = TaskManager(include_path=folder, include_defaults=False)
         if not local.all_tasks:
             why = "; ".join(_broken_files(folder)) or "no .yaml file in it has a `task:` or `group:` key"
@@ -157,7 +157,7 @@ def _broken_files(folder: Path) -> list[str]:
 def _all_tasks() -> Any:
     from lm_eval.tasks import TaskManager
 
-    with _quiet():
+    with quiet():
         return TaskManager()  # reads every task file that lm-eval has: 7 s
 
 
@@ -189,7 +189,7 @@ def set_seeds(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """lm-eval's log below errors is dropped, as are its bars (one a subject); what it prints goes to stderr."""
     from lm_eval.api import task as building
 
@@ -231,7 +231,7 @@ def run_harness(
 
     training = model.training
     try:
-        with _quiet():
+        with quiet():
             lm = LiveModel(model, tokenizer, batch_size, progress)
         found = ask_harness(lm, tasks, limit, seed)
     finally:
@@ -246,7 +246,7 @@ def ask_harness(lm: Any, tasks: TaskSet, limit: int | None, seed: int) -> dict[s
     set_seeds(seed)
     for task in tasks.tasks.values():
         task.set_fewshot_seed(seed=lm_eval_seeds(seed)[3])
-    with _quiet():
+    with quiet():
         return dict(evaluate(lm=lm, task_dict=tasks.loaded, limit=limit, log_samples=True))
 
 

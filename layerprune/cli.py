@@ -94,7 +94,7 @@ _limit = click.option("--limit", type=int, metavar="N", help="Only the first N i
 _task_folder = click.option("--task-folder", metavar="DIR", help="Folder with task files (YAML) of your own.")
 _keep = click.option(
     "--keep", type=float, default=0.95, show_default=True, metavar="S",
-    help="Share of the accuracy above chance that the recommended cut keeps.",
+    help="Share of the accuracy above chance that a recommended cut is shown to keep on every task (lower end of 95 % intervals).",
 )  # fmt: skip
 _batch = click.option("--batch-size", type=int, metavar="B", help="Rows a batch in tasks  [what fits].")
 _verify = click.option(

@@ -119,7 +119,9 @@ def _series(run: Mapping[str, Any], tasks: Sequence[str]) -> list[dict[str, Any]
         for task in tasks:
             step = found["tasks"].get(task, {}).get("transition") if found else None
             if step and step["status"] == "collapses":
-                collapses[task] = {key: None if step[key] is None else step[key] / layers for key in ("first", "low", "high")}
+                keys = ("before", "first", "low", "high")
+                collapses[task] = {key: None if step[key] is None else step[key] / layers for key in keys}
+                collapses[task]["between"] = step["first"] - step["before"] > 1  # nobody measured there
         above = next((row["n"] for row in rows if row["loss"] is not None and row["loss"] > 1), None)
         advice = found["recommendation"] if found else None
         made.append(
@@ -191,6 +193,8 @@ def _value(value: float | None, digits: int = 3) -> str:
 def _collapse_cell(found: Mapping[str, Any] | None) -> str:
     if not found:
         return "-"
+    if found["between"]:
+        return f"{_value(found['before'])} to {_value(found['first'])}"
     if found["low"] is None:
         return _value(found["first"])
     return f"{_value(found['first'])} ({_value(found['low'])} to {'beyond' if found['high'] is None else _value(found['high'])})"

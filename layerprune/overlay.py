@@ -115,7 +115,7 @@ def _task_panel(axes: Any, runs: Sequence[Mapping[str, Any]], task: str) -> None
             if points:
                 _draw(axes, place, name, list(points.values()))
             step = (run["collapse"].get(name) or {"tasks": {}})["tasks"].get(task, {}).get("transition") or {}
-            if step.get("status") == "collapses" and step["first"] in points:
+            if step.get("status") == "collapses" and step["first"] in points and step["first"] - step["before"] == 1:
                 rings.append((_colour(place), points[step["first"]]))
     for colour, (x, y) in rings:
         axes.plot(x, y, "o", color=colour, mfc="none", ms=11, mew=1.3, zorder=6, gid="collapse")

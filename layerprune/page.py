@@ -64,6 +64,7 @@ def _facts(folder: Path) -> Facts:
     answer = manifest.get("answer", {}).get("series")  # of a search: the page speaks of what it found
     spoken = {answer: own[answer]} if answer in own else own
     verdict = _verdict(layers, spoken, collapse, evaluation)
+    verdict["points"] += _own_cut(evaluation)
     panels = [_panel(layers, own, task, collapse) for task in tasks] + [_panel(layers, own, None, collapse)]
     panels = [panel for panel in panels if panel["lines"]]
     heat = _heat(rank) if rank.get("distance") else None
@@ -118,7 +119,8 @@ def _verdict(layers: int, own: Mapping[str, Sequence[Row]], collapse: Mapping[st
     if not spoken:
         return _by_loss(layers, own, collapse, evaluation, advice)
     first = next((name for name in spoken if advice[name]["status"] == "not decided"), None)
-    head = f"{'No cut keeps' if first is None else 'Not decided: no cut is shown to keep'} {keep} of the accuracy above chance"
+    fate = "No measured cut keeps" if first is None else "Not decided: no cut is shown to keep"
+    head = f"{fate} {keep} of the accuracy above chance"
     shown = first or spoken[0]
     points = [("Why", (f"{_NAMES[shown]}: " if len(spoken) > 1 else "") + advice[shown]["why"])]
     likely = max(spoken, key=lambda name: advice[name]["likely"])
@@ -132,6 +134,19 @@ def _verdict(layers: int, own: Mapping[str, Sequence[Row]], collapse: Mapping[st
     if first is not None:
         points.append(("To decide", _more_items(collapse["series"][first])))
     return {"head": head, "points": [*points, *_left_out(advice[spoken[0]])], "cut": (likely, n) if n and first else None}
+
+
+def _own_cut(evaluation: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Of a run: the cut that was asked for, before and after healing."""
+    if "pruned" not in evaluation:
+        return []
+    whole, cut = evaluation["whole"], evaluation["pruned"]
+    losses = [_fixed(evaluation[name]["loss"]["normalised"], 4) for name in ("whole", "pruned", "healed") if name in evaluation]
+    steps = ("whole", "cut", "healed")[: len(losses)]
+    told = ", ".join(f"{loss} {step}" for loss, step in zip(losses, steps, strict=True))
+    dropped = whole["layers"] - cut["layers"]
+    less = _percent(1 - cut["parameters"] / whole["parameters"], 1)
+    return [("The cut of this run", f"{dropped} layers dropped, {less} fewer parameters; normalised loss {told}.")]
 
 
 def _by_loss(layers: int, own: Mapping[str, Sequence[Row]], collapse: Row, evaluation: Row, advice: Mapping[str, Row]) -> Facts:
@@ -216,9 +231,10 @@ def _more_items(one: Mapping[str, Any]) -> str:
     if not plateau["items"] < need < 1e5:
         return text + "."
     rounded = float(f"{need:.2g}")
+    fate = "show that it is kept" if gap > 0 else "show that it is not kept"
     return (
-        f"{text}: about {rounded:,.0f} of {task} instead of {plateau['items']:,} would settle {stop['n']} dropped, "
-        f"if it goes on keeping {_percent(stop['retained'], 1)}."
+        f"{text}: if {stop['n']} dropped goes on keeping {_percent(stop['retained'], 1)}, about {rounded:,.0f} of {task} instead "
+        f"of {plateau['items']:,} would {fate}."
     )
 
 

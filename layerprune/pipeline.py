@@ -62,7 +62,7 @@ def run(
             opened.note(keep=keep)
             _Run(plan, opened, Stages(plan, say, progress, verify, batch_size), keep).all()
         where = {"folder": str(folder), "checkpoint": str(folder / ("pruned" if plan.heal is None else "healed"))}
-        return {**opened.manifest["result"], **where}
+        return {**opened.manifest["result"], "collapse": read_json(folder / "collapse.json"), **where}
 
 
 class _Run:

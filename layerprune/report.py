@@ -27,8 +27,9 @@ def format_run(result: Mapping[str, Any]) -> str:
     )
     pictures = ", ".join(name for name in result["figures"] if name.endswith(".png"))
     return "\n".join(
-        [head, "", *_columns(lines), ""]
-        + [f"checkpoint  {result['checkpoint']}", f"figures     {result['folder']}: {pictures}"]
+        [head, "", *_columns(lines), "", *format_collapse(result["collapse"]), ""]
+        + [f"checkpoint  {result['checkpoint']}", f"report      {result['folder']}/report.html"]
+        + [f"figures     {result['folder']}: {pictures}"]
     )
 
 
@@ -45,7 +46,7 @@ def format_sweep(result: Mapping[str, Any]) -> str:
     pictures = ", ".join(name for name in result["figures"] if name.endswith(".png"))
     return "\n".join(
         [f"{result['model']}: {result['layers']} layers", "", *_columns(lines), "", *format_collapse(result["collapse"]), ""]
-        + [f"{result['folder']}: curve.csv, curve.json, collapse.json, {pictures}"]
+        + [f"report      {result['folder']}/report.html", f"curve       {result['folder']}: curve.csv, curve.json, {pictures}"]
     )
 
 
@@ -53,16 +54,15 @@ def format_find(result: Mapping[str, Any]) -> str:
     """The answer, what it costs, which depths were healed, and why the search stopped."""
     n, layers = result["n"], result["layers"]
     goal = f"{100 * result['keep']:g} % of the accuracy above chance"
-    tested = ", ".join(f"{depth} {'passes' if passed else 'does not'}" for depth, passed in result["tested"])
     head = f"{result['model']}: {n} of {layers} layers can go, healed ({result['strategy']}), and {goal} stays"
     if n == 0:
         head = f"{result['model']}: no cut, healed ({result['strategy']}), is shown to keep {goal}"
-    lines = [head, f"healed and measured, in this order: {tested}", f"stopped because {result['why']}"]
-    lines.append("assumed: once a depth does not pass, none deeper does")
-    advice = result["collapse"]["series"].get(f"{result['strategy']} healed", {}).get("recommendation")
-    if n and advice:
-        lines.append(advice["why"])
-    lines += ["", f"{result['folder']}: curve.csv, report.html, figures/"]
+    lines = [head, "", "healed and measured, in this order:"]
+    lines += [f"  n = {depth} {'passes' if passed else 'does not pass'}. {why}" for depth, passed, why in result["tested"]]
+    lines += [f"stopped because {result['why']}; assumed: once a depth does not pass, none deeper does"]
+    if n == 0:
+        lines.append("what is not shown to be kept may only need more items (--limit) to be shown")
+    lines += ["", f"report      {result['folder']}/report.html"]
     return "\n".join(lines + ([f"checkpoint  {result['folder']}/{result['checkpoint']}"] if n else []))
 
 

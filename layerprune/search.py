@@ -141,16 +141,17 @@ class _Finder(Sweeper):
         first, second = self.bracket(unhealed, strategy)
         self.say(f"without healing the curve says: look at n = {first}, then at {second}")
         healed: dict[tuple[str, int], dict[str, Any]] = {}
+        reasons: dict[int, str] = {}
 
         def passes(n: int) -> bool:
             if swept[kept[strategy, n]] is None or (strategy, n) in self.not_written:
-                self.say(f"n = {n}: does not pass, since it cannot be had")
+                reasons[n] = "It cannot be had as a checkpoint."
                 return False
             done = depth_measured(self.stages, self.path, strategy, n)  # its weights may be gone
             healed[strategy, n] = done or heal_depth(self.stages, self.path, strategy, n, ranking)
             one = row(self.layers, strategy, kept[strategy, n], True, healed[strategy, n], 0)
             advice = collapse(self.layers, [whole, one], self.keep)["series"][f"{strategy} healed"]["recommendation"]
-            passed = bool(advice["n"] == n)
+            passed, reasons[n] = bool(advice["n"] == n), advice["why"]
             self.say(f"n = {n}, healed: {'passes' if passed else 'does not pass'}. {advice['why']}")
             best = max(passing, default=0)
             if passed:
@@ -186,7 +187,7 @@ class _Finder(Sweeper):
                 "keep": self.keep,
                 "n": found.n,
                 "kept": list(kept[strategy, found.n]) if found.n else list(range(self.layers)),
-                "tested": [[n, passed] for n, passed in found.tested],
+                "tested": [[n, passed, reasons[n]] for n, passed in found.tested],
                 "why": found.why,
                 "rows": [r for r in curve["rows"] if r["n"] == 0 or (r["healed"] and r["n"] == found.n)],
                 "checkpoint": checkpoint,

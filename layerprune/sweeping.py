@@ -196,13 +196,13 @@ class Sweeper:
             write_curve(self.path, self.setup.source.label, self.layers, self.rows(kept, found, healed), self.keep)
             for strategy in self.plan.strategies:
                 if (strategy, n) in self.not_written:
-                    self.say(f"left out: the cut of {n} layers ({strategy}) cannot be healed, since it cannot be written")
+                    self.say(f"left out: the cut of n = {n} ({strategy}) cannot be healed, since it cannot be written")
                 elif self.setup.heal is not None or (self.path / "heal" / f"{strategy}-{n}" / "healed").exists():
                     healed[strategy, n] = heal_depth(self.stages, self.path, strategy, n, ranking)
                 elif (measured := depth_measured(self.stages, self.path, strategy, n)) is not None:
                     healed[strategy, n] = measured
                 else:
-                    self.say(f"the cut of {n} layers ({strategy}) is not healed: give --heal {n / self.layers:.4g} again for that")
+                    self.say(f"the cut of n = {n} ({strategy}) is not healed: give --heal {n / self.layers:.4g} again for that")
         with self.folder.phase("figures"):
             curve = write_curve(self.path, self.setup.source.label, self.layers, self.rows(kept, found, healed), self.keep)
             figures = draw_curve(self.path, curve, ranking)
@@ -308,7 +308,7 @@ def heal_depth(stages: Stages, folder: Path, strategy: str, n: int, ranking: Map
     place = folder / "heal" / f"{strategy}-{n}"
     pruned, healed, tasks = place / "pruned", place / "healed", stages.setup.tasks
     if not healed.exists():
-        stages.say(f"healing the cut of {n} layers ({strategy})")
+        stages.say(f"healing the cut of n = {n} ({strategy})")
         place.mkdir(parents=True, exist_ok=True)
         if not pruned.exists():
             stages.prune(pruned, n / stages.setup.layers, strategy, ranking)
@@ -317,7 +317,7 @@ def heal_depth(stages: Stages, folder: Path, strategy: str, n: int, ranking: Map
         stages.heal(pruned, healed, place / "adapter", place / ".work")
     shutil.rmtree(pruned, ignore_errors=True)
     if depth_measured(stages, folder, strategy, n) is None:
-        stages.say(f"evaluating the healed cut of {n} layers ({strategy})")
+        stages.say(f"evaluating the healed cut of n = {n} ({strategy})")
         live, tokenizer = stages.load(healed)
         write_json(place / "eval.json", {"asked": tasks, **stages.measure(live, tokenizer)})
     return dict(read_json(place / "eval.json"))

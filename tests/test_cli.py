@@ -21,7 +21,13 @@ FLAGS = {
     | DATA
     | TASKS
     | {"--drop", "--strategy", "--calibration", "--heal-data", "--eval-data", "--heal-steps", "--no-heal", "--curve"}
-    | {"--verify", "--no-verify"},
+    | {"--verify", "--no-verify", "--keep"},
+    "sweep": COMMON
+    | DATA
+    | TASKS
+    | {"--strategy", "--drops", "--heal", "--keep", "--calibration", "--heal-data", "--eval-data", "--heal-steps"},
+    "find": COMMON | DATA | TASKS | {"--strategy", "--keep", "--calibration", "--heal-data", "--eval-data", "--heal-steps"},
+    "compare": {"--out", "--json", "-v", "--verbose", "-h", "--help"},
     "rank": COMMON | DATA | {"--calibration"},
     "prune": COMMON
     | DATA

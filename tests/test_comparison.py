@@ -92,8 +92,10 @@ def test_runs_of_two_models_in_one_folder(tmp_path: Path) -> None:
     assert [(s["run"], s["strategy"], s["healed"]) for s in result["series"]] == [
         ("small", "angular", False), ("small", "angular", True), ("large", "last", False), ("other", "angular", False),
     ]  # fmt: skip
-    assert small["collapse"] == {"quiz/acc": {"first": 0.5, "low": 0.5, "high": 0.625}} and healed["collapse"] == {}
-    assert large["collapse"]["exam/acc_norm"] == {"first": 0.5, "low": 0.5, "high": 41 / 80}
+    known = {"first": 0.5, "low": 0.5, "high": 0.625, "before": 3 / 8, "between": False}
+    assert small["collapse"] == {"quiz/acc": known} and healed["collapse"] == {}
+    known = {"first": 0.5, "low": 0.5, "high": 41 / 80, "before": 39 / 80, "between": False}
+    assert large["collapse"]["exam/acc_norm"] == known
     assert (small["above_one"], large["above_one"], other["above_one"]) == (5 / 8, None, None)
     assert small["recommended"] == {"status": "cut", "n": 2, "fraction": 0.25} and other["recommended"] is None
     svg = (out / "compare.svg").read_text()

@@ -167,7 +167,7 @@ def test_a_task_that_fails_at_once_is_no_cut(tmp_path: Path) -> None:
         one["recommendation"] |= {"status": "no cut", "n": 0, "likely": 0, "why": "It falls."}
     write_json(folder / "collapse.json", collapse)
     html = page(folder)
-    assert head(html) == "No cut keeps 95 % of the accuracy above chance"
+    assert head(html) == "No measured cut keeps 95 % of the accuracy above chance"
     assert "It falls." in points(html) and "--drop" not in points(html)
 
 

@@ -271,7 +271,7 @@ def test_finding_a_cut(run_inputs: Path, tmp_path: Path) -> None:
     text = "\n".join(lines)
     assert "cuts will be healed, at most" in text and "look at n =" in text
     assert found["why"] and found["tested"]
-    assert found["n"] > 0 and dict(found["tested"])[found["n"]]
+    assert found["n"] > 0 and {n: passed for n, passed, _ in found["tested"]}[found["n"]]
     healed = {path.name for path in (tmp_path / "found" / "heal").iterdir() if (path / "healed").exists()}
     assert healed == {f"last-{found['n']}"} and max(held) <= 2
     page = (tmp_path / "found" / "report.html").read_text()
