@@ -170,9 +170,9 @@ class Branches:
     def _slices(self, asked: Asked, fusable: bool) -> list[tuple[slice, slice]]:
         """The places whose logits are computed at once, with the questions about them.
 
-        On a CPU a large tensor is fresh memory each time, which costs more than computing it where the model is narrow:
-        there a slice is what the allocator reuses, unless the head's own weights would then be read too often. On a GPU one
-        slice is best, since a model's forward pass waits for the device once.
+        On a CPU a large tensor is fresh memory each time, which costs more than computing it where the model is narrow: there a
+        slice is what the allocator reuses (up to 32 MiB), unless the head's own weights would then be read too often. On a GPU
+        one slice is best, since a model's forward pass waits for the device once.
         """
         size = self.decoder.model.dtype.itemsize
         head = self.decoder.device
@@ -180,8 +180,10 @@ class Branches:
         step = max(1, self._logit_bytes // (self._vocab * (size if fused else size + 4)))
         if self.decoder.device.type == "cpu":
             width = self.decoder.model.get_input_embeddings().weight.shape[-1]
-            step = min(step, max((24 << 20) // (4 * self._vocab), width // 4, 1))
-        edges = [*range(0, len(asked.row_P), step), len(asked.row_P)]
+            step = min(step, max((32 << 20) // (4 * self._vocab), width // 4, 1))
+        places = len(asked.row_P)
+        step = -(-places // -(-places // step))  # slices of one size
+        edges = [*range(0, places, step), places]
         ends = torch.searchsorted(asked.place_N, torch.tensor(edges)).tolist()
         return [(slice(edges[i], edges[i + 1]), slice(ends[i], ends[i + 1])) for i in range(len(edges) - 1)]
 
