@@ -1,4 +1,4 @@
-"""The README's picture: the demo model at every depth, on all items of its tasks, healed at two of them.
+"""The README's picture: the demo model at every depth, on all items of its tasks, healed at a quarter.
 
     python benchmarks/demo_curve.py --out benchmarks/demo_curve.json --picture docs/demo-curve.png
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from record import write_record
 
-CALL = "sweep --model demo --limit 1000 --heal 0.25,0.4"
+CALL = "sweep --model demo --limit 1000 --heal 0.25"
 
 
 def main() -> None:
