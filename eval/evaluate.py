@@ -64,12 +64,7 @@ def measure_loss(
     for batch in batches(sequences, max_tokens):
         in_halves(batch.rows, add)
         progress(len(batch.rows))
-    return {
-        "normalised": total.normalised(vocab),
-        "nats_per_token": total.per_token(),
-        "tokens": total.tokens,
-        "documents": len(sequences),
-    }
+    return total.summary(vocab, len(sequences))
 
 
 def evaluate_live(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 
 from layerprune.eval.memory import logit_budget, token_budget
+from layerprune.model.branches import padded
 from layerprune.model.config import vocab_size
 from layerprune.model.decoder import is_cut
 from layerprune.model.errors import Refused, one_line
@@ -135,10 +136,8 @@ class LiveModel(HFLM):
 
     def _score(self, batch: Sequence[Row], asked: list[tuple[int, list[int]]]) -> list[tuple[float, bool]]:
         """For each (row of the batch, continuation): its summed log-probability, and whether it is the greedy one."""
-        width = len(batch[0])
-        ids_BT = torch.zeros((len(batch), width), dtype=torch.long)
-        for row, ids in enumerate(batch):
-            ids_BT[row, : len(ids)] = torch.tensor(ids)
+        ids_BT = padded(batch)
+        width = ids_BT.shape[1]
         first = min(len(batch[row]) - len(tokens) for row, tokens in asked)
         logits_BKV = self._logits(ids_BT, width - first)
         # N scored tokens: all of them in a few large steps, so that a GPU is not waited for at every request

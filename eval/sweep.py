@@ -47,8 +47,8 @@ def sweep_live(
     by the model with these layers alone and its KV cache. answers: what is found there is not computed again, and what is
     computed is kept there, sample by sample. Memory: a batch holds a bounded number of tokens, of which the tree needs at
     most log2(branches) + 2 hidden states at once; the head is run on slices of the scored positions; a batch that
-    does not fit on a GPU is halved. Each result also has `nats`, the summed loss of each sequence, and under tasks
-    `correct`. None stands for a cut that this model cannot run (which is said).
+    does not fit on a GPU is halved. Tasks have their `correct` and `items` (see `score_tasks`). None stands for a cut that
+    this model cannot run (which is said).
     """
     wanted = tuple(dict.fromkeys(kept))
     store = Answers() if answers is None else answers
@@ -59,7 +59,7 @@ def sweep_live(
     if not branches.shared:
         say("this model does more between its layers than can be followed: every depth is a pass of its own")
     told = set(branches.broken)
-    losses: dict[Kept, tuple[dict[str, Any], list[float]]] = {}
+    losses: dict[Kept, dict[str, Any]] = {}
     scores: dict[Kept, Mapping[str, Any]] = {}
     try:
         if sequences is not None:
@@ -73,15 +73,14 @@ def sweep_live(
     found: dict[Kept, dict[str, Any] | None] = dict.fromkeys(wanted)
     for one in branches.kept:
         if one not in branches.broken:
-            loss, nats = losses.get(one, (None, None))
-            found[one] = {"loss": loss, "tasks": scores.get(one), "nats": nats}
+            found[one] = {"loss": losses.get(one), "tasks": scores.get(one)}
     return found
 
 
 def sweep_losses(
     branches: Branches, sequences: Sequence[Sequence[int]], store: Answers, progress: bool = False
-) -> dict[Kept, tuple[dict[str, Any], list[float]]]:
-    """Of each branch: the loss over all predicted tokens, as `measure_loss` gives it, and the nats of each sequence."""
+) -> dict[Kept, dict[str, Any]]:
+    """Of each branch: the loss over all predicted tokens, as `measure_loss` gives it."""
     keys = [sample_key("loss", ids) for ids in sequences]
     device = branches.decoder.device.type
     for kept, missing in store.missing(branches.kept, keys).items():
@@ -105,15 +104,7 @@ def sweep_losses(
     for one in branches.kept:
         if one in branches.broken:
             continue
-        nats = store.values(one, keys).tolist()
-        total = LossSum(sum(nats), tokens)
-        loss = {
-            "normalised": total.normalised(vocab),
-            "nats_per_token": total.per_token(),
-            "tokens": tokens,
-            "documents": len(sequences),
-        }
-        found[one] = (loss, nats)
+        found[one] = LossSum(sum(store.values(one, keys).tolist()), tokens).summary(vocab, len(sequences))
     return found
 
 

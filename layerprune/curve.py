@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprune.eval.collapse import accuracy_interval, analyse
-from layerprune.model.cuts import Kept
+from layerprune.model.cuts import Kept, runs
 from layerprune.model.files import read_json, write_json, write_text
 from layerprune.model.plan import find_stack, split_name
 from layerprune.model.tensors import read_checkpoint
@@ -90,8 +90,8 @@ def collapse(layers: int, rows: Sequence[Mapping[str, Any]], keep: float) -> dic
     rows: with their items. Only tasks count whose items are known at every depth of a series; the others (perplexities, graded
     answers) are listed under `not_counted`.
     """
-    data, left = {}, {}
-    for name, own in series(rows).items():
+    data, left, by_name = {}, {}, series(rows)
+    for name, own in by_name.items():
         tasks = {}
         for task in own[0]["items"]:
             if all(task in r["items"] and len(r["items"][task]) == len(own[0]["items"][task]) for r in own):
@@ -107,7 +107,7 @@ def collapse(layers: int, rows: Sequence[Mapping[str, Any]], keep: float) -> dic
     found = analyse(layers, data, keep, CONFIDENCE)
     for name, one in found["series"].items():
         one["not_counted"] = left[name]
-        _only_writable(one["recommendation"], series(rows)[name])
+        _only_writable(one["recommendation"], by_name[name])
     found["verdict"] = verdict(found)
     return found
 
@@ -136,7 +136,7 @@ def verdict(found: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def write_curve(folder: Path, model: str, layers: int, rows: Sequence[Mapping[str, Any]], keep: float) -> dict[str, Any]:
-    """Write curve.json, curve.csv, items.json and collapse.json; returns the curve with the collapse under its name."""
+    """Write curve.json, curve.csv, items.json and collapse.json; returns what curve.json holds."""
     plain = [{key: value for key, value in r.items() if key != "items"} for r in rows]
     curve = {"model": model, "layers": layers, "rows": plain}
     write_json(folder / "items.json", [{k: r[k] for k in ("strategy", "n", "healed", "items")} for r in rows])
@@ -179,10 +179,4 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def ranges(kept: Sequence[int]) -> str:
     """Layers as ranges with both ends: 0-11 20-31."""
-    runs: list[list[int]] = []
-    for layer in kept:
-        if runs and runs[-1][1] == layer - 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return " ".join(f"{a}-{b}" if a != b else str(a) for a, b in runs)
+    return " ".join(f"{a}-{b - 1}" if b - a > 1 else str(a) for a, b in runs(kept))

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from layerprune.curve import scores, series
 from layerprune.model.cuts import describe_dropped, drop_count
 from layerprune.model.files import read_json, write_text
+from layerprune.runfolder import flat
 
 Row = Mapping[str, Any]
 Facts = dict[str, Any]
@@ -285,19 +286,12 @@ def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, st
     inputs, asked = manifest.get("inputs", {}), manifest.get("asked", {})
     parts: dict[str, Mapping[str, Any]] = {
         "Where from": {key: _packaged(value) for key, value in manifest.get("given", {}).items()},
-        "Settings": _flat({**inputs, **asked, "limit": inputs.get("limit") or "all items"}),
+        "Settings": flat({**inputs, **asked, "limit": inputs.get("limit") or "all items"}, ": "),
         "Versions": manifest.get("versions", {}),
         "Seconds": manifest.get("done", {}),
     }
     told = [(title, [(k, _told(v)) for k, v in part.items() if v not in (None, [], {})]) for title, part in parts.items()]
     return [(title, part) for title, part in told if part] if manifest else []
-
-
-def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{above}{key}: ") if isinstance(item, Mapping) else {f"{above}{key}": item}
-    return flat
 
 
 def _told(value: Any) -> str:

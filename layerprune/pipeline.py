@@ -9,11 +9,11 @@ from typing import Any
 from layerprune.curve import draw_curve, layer_parameters, read_rows, row, scores, write_curve
 from layerprune.eval.collapse import check_keep
 from layerprune.model.cuts import Block, Kept, last_block
-from layerprune.model.errors import Refused, UsageError
+from layerprune.model.errors import Refused
 from layerprune.model.files import read_json
 from layerprune.page import write_report
 from layerprune.runfolder import RunFolder, open_run
-from layerprune.runplan import Plan, plan_run, run_cost
+from layerprune.runplan import Plan, check_batch_size, plan_run, run_cost
 from layerprune.stages import Say, Stages, to_stderr
 
 
@@ -38,8 +38,7 @@ def run(
     is resumed; a finished one is only read. Returns the result that `layerprune.report.format_run` prints. Raises
     UsageError and Refused.
     """
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size} is not a number above 0")
+    check_batch_size(batch_size)
     check_keep(keep)
     plan = plan_run(model, drop, **settings)
     folder = Path(out) if out is not None else Path("runs") / f"{plan.source.label}-{plan.strategy}-{drop:g}"
@@ -129,23 +128,26 @@ class _Run:
         depths = [0, *(n for n in self.plan.curve if n != self.plan.n)]
         shown = ", ".join(map(str, depths[1:])) or "none"
         self.say(f"evaluating the whole model, and the curve in the same pass: {shown} layers dropped")
+        from layerprune.eval.speed import generation_speed
+
         found = self.stages.sweep([self.kept(n, ranking) for n in depths], self.folder.work / "answers")
         live, tokenizer = self.stages.source()
         whole = found[self.kept(0, ranking)]
         assert whole is not None  # a whole model that does not run is refused
-        whole["speed"] = self.stages.speed(live, tokenizer)
+        whole["speed"] = generation_speed(live, tokenizer)
         return {str(n): found[self.kept(n, ranking)] for n in depths}
 
     def evaluate(self) -> dict[str, Any]:
+        from layerprune.eval.speed import generation_speed
+
         swept = read_json(self.folder.work / "sweep.json")["0"]
-        del swept["nats"]
         found = {"whole": {**self.stages.sizes(self.plan.source.folder), **swept}}
         for name in ("pruned", *(["healed"] if self.plan.heal is not None else [])):
 
             def make(name: str = name) -> dict[str, Any]:
                 self.say(f"evaluating {name}")
                 live, tokenizer = self.stages.load(self.path / name)
-                return {**self.stages.measure(live, tokenizer), "speed": self.stages.speed(live, tokenizer)}
+                return {**self.stages.measure(live, tokenizer), "speed": generation_speed(live, tokenizer)}
 
             found[name] = {**self.stages.sizes(self.path / name), **self.folder.once(f".work/{name}.json", make)}
         return found

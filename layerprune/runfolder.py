@@ -119,19 +119,19 @@ def _same_inputs(path: Path, manifest: Any, inputs: Mapping[str, Any]) -> None:
     before = manifest.get("inputs") if isinstance(manifest, dict) else None
     if not isinstance(before, dict):
         raise Refused(f"{path / MANIFEST} is not the manifest of a run: choose another --out")
-    was, now = _flat(before), _flat(inputs)
+    was, now = flat(before), flat(inputs)
     changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
     if changed:
         told = "; ".join(f"{key} was {_short(was.get(key))}, now {_short(now.get(key))}" for key in changed[:3])
         raise UsageError(f"{path} holds a run of other inputs ({told}): choose another --out or remove it first")
 
 
-def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with keys such as `rank.samples`."""
-    flat: dict[str, Any] = {}
+def flat(value: Mapping[str, Any], between: str = ".", above: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with keys such as `rank.samples`; `between` joins the names."""
+    found: dict[str, Any] = {}
     for key, item in value.items():
-        flat |= _flat(item, f"{above}{key}.") if isinstance(item, Mapping) else {f"{above}{key}": item}
-    return flat
+        found |= flat(item, between, f"{above}{key}{between}") if isinstance(item, Mapping) else {f"{above}{key}": item}
+    return found
 
 
 def _short(value: Any) -> str:

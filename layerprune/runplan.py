@@ -118,6 +118,11 @@ def plan_run(
     return Plan(**vars(setup), n=n, drop=drop, strategy=strategy, curve=tuple(sorted(depths)))
 
 
+def check_batch_size(batch_size: int | None) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size} is not a number above 0")
+
+
 def check_strategy(strategy: str) -> None:
     from layerprune.prune.cut import STRATEGIES
 

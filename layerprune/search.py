@@ -15,7 +15,7 @@ from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import must_have_room, read_json, write_json
 from layerprune.page import write_report
 from layerprune.runfolder import open_run
-from layerprune.runplan import as_bytes, as_time, costs, held_bytes, step_hours, unknown_tasks
+from layerprune.runplan import as_bytes, as_time, check_batch_size, costs, held_bytes, step_hours, unknown_tasks
 from layerprune.stages import Say, Stages, to_stderr
 from layerprune.sweeping import Sweeper, depth_measured, heal_depth, plan_sweep
 
@@ -105,8 +105,7 @@ def find(
     `layerprune.report.format_find` prints. Raises UsageError and Refused.
     """
     check_keep(keep)
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size} is not a number above 0")
+    check_batch_size(batch_size)
     plan = replace(plan_sweep(model, [strategy], None, (0.5,), **settings), heal=())
     if not plan.setup.tasks:
         raise UsageError("--tasks is empty, and so is the recipe: which accuracy is to be kept?")

@@ -172,11 +172,6 @@ class Stages:
             say=self.say,
         )
 
-    def speed(self, live: Any, tokenizer: Any) -> dict[str, Any]:
-        from layerprune.eval.speed import generation_speed
-
-        return generation_speed(live, tokenizer)
-
     def sizes(self, folder: Path) -> dict[str, Any]:
         """layers, parameters and bytes of a written checkpoint."""
         stored = read_checkpoint(folder)

@@ -19,7 +19,7 @@ from layerprune.model.tensors import read_checkpoint
 from layerprune.model.tree import CutTree
 from layerprune.page import write_report
 from layerprune.runfolder import RunFolder, open_run
-from layerprune.runplan import Setup, as_time, check_strategy, costs, held_bytes, set_up, unknown_tasks
+from layerprune.runplan import Setup, as_time, check_batch_size, check_strategy, costs, held_bytes, set_up, unknown_tasks
 from layerprune.stages import Say, Stages, to_stderr
 
 STRATEGIES = ("angular", "last")
@@ -52,8 +52,7 @@ def sweep(
     and Refused.
     """
     check_keep(keep)
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size} is not a number above 0")
+    check_batch_size(batch_size)
     plan = plan_sweep(model, strategies, drops, heal, **settings)
     folder = Path(out) if out is not None else Path("runs") / f"{plan.setup.source.label}-sweep"
     with open_run(folder, {"kind": "sweep", **plan.setup.measured_inputs()}, plan.setup.given()) as opened:

@@ -218,7 +218,7 @@ def _differences(logits_PV: torch.Tensor, place_N: torch.Tensor, token_N: torch.
 @functools.cache
 def _fused(dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
     """`_differences` as one kernel, which reads the logits and writes nothing of their size; in plain steps where nothing
-    can be compiled. Seven eighths of a softmax's time on a GPU are float32 copies of the logits."""
+    can be compiled."""
     try:
         compiled = torch.compile(_differences, dynamic=True)
         some = torch.zeros(1, dtype=torch.long, device=device)

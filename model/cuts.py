@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from layerprune.model.errors import UsageError
@@ -81,10 +82,15 @@ def check_kept(kept: Kept, layers: int) -> None:
 def describe_dropped(kept: Kept, layers: int) -> str:
     """The layers that go, as half-open ranges: `8:16`, or `3:5, 9:10`, or `none`."""
     gone = sorted(set(range(layers)) - set(kept))
-    runs: list[list[int]] = []
-    for layer in gone:
-        if runs and runs[-1][1] == layer:
-            runs[-1][1] = layer + 1
+    return ", ".join(f"{a}:{b}" for a, b in runs(gone)) or "none"
+
+
+def runs(indices: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending indices as half-open runs of neighbours: 0 1 2 5 as (0, 3), (5, 6)."""
+    found: list[tuple[int, int]] = []
+    for index in indices:
+        if found and found[-1][1] == index:
+            found[-1] = (found[-1][0], index + 1)
         else:
-            runs.append([layer, layer + 1])
-    return ", ".join(f"{a}:{b}" for a, b in runs) or "none"
+            found.append((index, index + 1))
+    return found

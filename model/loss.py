@@ -36,6 +36,16 @@ class LossSum:
         return self.per_token() / math.log(vocab)
 
 
+    def summary(self, vocab: int, documents: int) -> dict[str, float | int]:
+        """The loss as it is stored: normalised, nats_per_token, tokens, documents."""
+        return {
+            "normalised": self.normalised(vocab),
+            "nats_per_token": self.per_token(),
+            "tokens": self.tokens,
+            "documents": documents,
+        }
+
+
 @torch.no_grad()
 def batch_nats(decoder: Decoder, batch: TokenBatch) -> list[LossSum]:
     """Summed nats over all predicted tokens (every real token but the first) of each row of a batch.

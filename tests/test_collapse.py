@@ -406,3 +406,15 @@ def test_a_fault_names_the_task() -> None:
     broken["tasks"]["arc/acc"]["chance"] = 2
     with pytest.raises(ValueError, match="series last, task arc/acc: chance 2"):
         analyse(24, {"last": broken})
+
+
+@pytest.mark.parametrize(
+    ("right", "chance", "changed", "items", "shown"),
+    [(0.8, 0.25, 0.01, 200, True), (0.8, 0.25, 0.1, 1000, True), (0.8, 0.25, 0.1, 200, False), (0.75, 0.5, 0.1, 2000, False)],
+)
+def test_the_items_that_the_docs_say_are_needed(right: float, chance: float, changed: float, items: int, shown: bool) -> None:
+    """docs/collapse.md: a cut as good as the whole model, where a share of the answers changes, half of them for the better."""
+    gained = round(items * changed / 2)
+    both = round(items * right) - gained
+    _, low, _ = retained_interval([[both, gained, gained, items - both - 2 * gained]], chance)
+    assert (low[0] >= 0.95) == shown

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import families
 import pytest
 import torch
 
@@ -24,15 +22,6 @@ from layerprune.model.load import load_model
 torch.set_num_threads(1)
 
 
-def load_families() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("families_of_keep", Path(__file__).parent / "families.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families = load_families()
 # One block a family, at turns; where the cut must be refused, what the reason says.
 BLOCKS = [*families.BLOCKS.values()]
 OWN_BLOCK = {"RWKV": "6:8", "Kimi-Linear": "0:2", "DiffLlama": "6:8", "Jamba": "5:7", "Qwen3-VL": "2:5", "GLM-5": "2:5"}

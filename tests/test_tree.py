@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import families
 import pytest
 import torch
 
@@ -26,15 +24,6 @@ from layerprune.model.tree import CutTree, exact_branches
 torch.set_num_threads(1)
 
 
-def load_families() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("families_of_tree", Path(__file__).parent / "families.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families = load_families()
 
 
 def last_curve(layers: int) -> list[Kept]:
