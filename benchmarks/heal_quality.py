@@ -31,8 +31,8 @@ from layerprune.prune.cut import prune_checkpoint
 
 
 def normalised_loss(folder: Path, sequences: list[list[int]], device: str | None) -> float:
-    """Loss / ln V of a checkpoint, in float32 on the CPU."""
-    decoder = view_decoder(load_model(folder, device=device))
+    """Loss / ln V of a checkpoint, in float32."""
+    decoder = view_decoder(load_model(folder, device=device, dtype="float32"))
     vocab = vocab_size(load_config(folder))
     return total_loss(decoder, batches(sequences, 4096)).normalised(vocab)
 

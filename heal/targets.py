@@ -15,6 +15,8 @@ from layerprune.model.config import text_config
 from layerprune.model.decoder import Decoder, forward_logits, hidden_of, replaced_forwards
 from layerprune.model.errors import Refused, UsageError, one_line
 
+GROUPS = ("mlp", "attention")
+"""Words for all linear layers of a kind."""
 _PROBE_TOKENS = 12
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -53,8 +55,9 @@ def choose_targets(decoder: Decoder, wanted: Sequence[str] = ()) -> list[Target]
     """The linear layers that healing trains, in order.
 
     wanted: names as recipes give them. One without a dot (`up_proj`) means the MLP's layer of that name; one with
-    dots (`mlp.c_proj`, `self_attn.q_proj`) any linear layer of a decoder layer whose name ends so. Without names
-    all of the MLP's linear layers are taken (see `mlp_linears`).
+    dots (`mlp.c_proj`, `self_attn.q_proj`) any linear layer of a decoder layer whose name ends so. `mlp` and
+    `attention` (or whatever mixes tokens in its place) mean all of their linear layers. Without names all of the MLP's
+    are taken (see `mlp_linears`).
     Raises Refused where none is found or experts are fused, UsageError for a name that no layer has.
     """
     every = [
@@ -63,18 +66,26 @@ def choose_targets(decoder: Decoder, wanted: Sequence[str] = ()) -> list[Target]
         for inside, module in layer.named_modules()
         if is_linear(module)
     ]
-    mlp = set() if wanted and all("." in name for name in wanted) else set(mlp_linears(decoder, bool(wanted)))
+    words = [name for name in wanted if name in GROUPS]
+    named = [name for name in wanted if name not in GROUPS]
+    mlp: set[str] = set()
+    if not wanted or "mlp" in words or any("." not in name for name in named):
+        mlp = set(mlp_linears(decoder, bool(named)))
     if not wanted:
         return [target for target in every if target.name in mlp]
+    mixers = set(mixer_linears(decoder)) if "attention" in words else set()
     chosen = []
     for target in every:
         leaf = target.inside.rpartition(".")[2]
-        if any(_ends(target.inside, name) if "." in name else leaf == name and target.name in mlp for name in wanted):
+        one = any(_ends(target.inside, name) if "." in name else leaf == name and target.name in mlp for name in named)
+        if one or ("mlp" in words and target.name in mlp) or target.name in mixers:
             chosen.append(target)
-    for name in wanted:
+    for name in named:
         if not any(_ends(target.inside, name) for target in chosen):
             known = sorted({target.inside for target in every if target.name in mlp} or {t.inside for t in every})
             raise UsageError(f"the target {name!r} is no linear layer of this model's MLP; it has {', '.join(known)}")
+    if "attention" in words and not mixers:
+        raise Refused(f"no linear layers of attention were found in this {type(decoder.model).__name__}: give other targets")
     return chosen
 
 
@@ -136,6 +147,24 @@ def mlp_linears(decoder: Decoder, named: bool = False) -> list[str]:
             f"no MLP with linear layers was found in the {len(decoder)} layers of this {type(decoder.model).__name__}: "
             "there is nothing that healing could train (from Python, `targets` names other linear layers)"
         )
+    return found
+
+
+def mixer_linears(decoder: Decoder) -> list[str]:
+    """Full names of the linear layers of every layer's parts that are not position-wise: attention, state-space mixers.
+
+    Less those that are an eighth as wide as the widest one's narrower side, or narrower (gates).
+    """
+    wise = _position_wise(decoder)
+    found: list[str] = []
+    for index, layer in enumerate(decoder.layers):
+        inner = [
+            (name, module)
+            for name, module in layer.named_modules()
+            if is_linear(module) and not any(name == part or name.startswith(part + ".") for part in wise[index])
+        ]
+        hidden = max((min(linear_shape(m)) for _, m in inner), default=0)
+        found += [f"{decoder.path}.{index}.{name}" for name, m in inner if min(linear_shape(m)) > hidden // 8]
     return found
 
 

@@ -68,9 +68,15 @@ _strategy = click.option(
     "(0-based L-1-n .. L-2; the last layer and the head stay).",
 )  # fmt: skip
 _calibration = click.option(
-    "--calibration", metavar="FILE|c4", help="Data for ranking (JSONL or text; .gz, .zst)  [the recipe's, or c4]."
+    "--calibration", metavar="FILE|c4", help="Data for ranking (JSONL, text; .gz, .zst; Parquet)  [the recipe's, or c4]."
 )
 _heal_data = click.option("--heal-data", metavar="FILE|c4", help="Data for healing  [the recipe's, or c4].")
+_heal_steps = click.option("--heal-steps", type=int, metavar="N", help="Optimizer steps of healing  [5000, or the recipe's].")
+_heal_tokens = click.option("--heal-tokens", type=int, metavar="N", help="Instead of steps: as many as hold N tokens.")
+_heal_with = click.option(
+    "--heal-with", multiple=True, metavar="K=V",
+    help="Another setting of `heal`, such as adapters=after, distil=1, memory=16GiB; may be repeated.",
+)  # fmt: skip
 _eval_data = click.option("--eval-data", metavar="FILE|c4", help="Data for the normalised loss  [the recipe's, or c4].")
 _samples = click.option("--samples", type=int, metavar="N", help="Documents read from the data  [256, or the recipe's].")
 _length = click.option(
@@ -123,7 +129,7 @@ def _print(result: Any, as_json: bool, text: Callable[[], str]) -> None:
 @_options(_model)
 @click.option("--drop", type=float, required=True, metavar="F", help="Fraction of layers to drop; F times L, rounded half up.")
 @_options(_strategy, _tasks, _shots, _limit, _task_folder, _calibration, _heal_data, _eval_data)
-@click.option("--heal-steps", type=int, metavar="N", help="Optimizer steps of healing  [5000, or the recipe's].")
+@_options(_heal_steps, _heal_tokens, _heal_with)
 @click.option("--no-heal", is_flag=True, help="Stop after cutting: the result is the cut checkpoint.")
 @click.option("--curve", metavar="F,F", help="Fractions of the curve, not healed  [the recipe's; 0.1 to 0.6]; '' for none.")
 @_options(_keep)
@@ -154,8 +160,18 @@ def _fraction(text: str, option: str = "--curve") -> float:
 @click.option("--strategy", default="angular,last", show_default=True, metavar="S,S", help="Which blocks: angular, last or both.")
 @click.option("--drops", metavar="F:F,F", help="Fractions or ranges of them, such as 0:0.5  [every depth].")
 @click.option("--heal", metavar="F,F", help="Fractions at which the cuts are written and healed too.")
+@click.option("--workers", type=int, metavar="N", help="Healings at a time, a process and a GPU each  [all GPUs; 1 on the CPU].")
+@click.option(
+    "--launcher", type=click.Choice(["slurm", "local"]),
+    help="Heal each cut in a job of its own, through submitit (pip install 'layerprune[slurm]'). All machines must see the "
+    "folder, the model and the data under the same paths.",
+)  # fmt: skip
+@click.option(
+    "--launcher-args", metavar="K=V,K=V",
+    help="Parameters of the jobs, by submitit's names: timeout_min=600,slurm_partition=gpu  [timeout_min=1440, one GPU].",
+)  # fmt: skip
 @_options(_keep, _tasks, _shots, _limit, _task_folder, _calibration, _heal_data, _eval_data)
-@click.option("--heal-steps", type=int, metavar="N", help="Optimizer steps of healing  [5000, or the recipe's].")
+@_options(_heal_steps, _heal_tokens, _heal_with)
 @_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _out("runs/<model>-sweep"), _json, _v)
 def sweep(strategy: str, tasks: str | None, heal: str | None, as_json: bool, **options: Any) -> None:
     """Loss and accuracy at every depth, both strategies, from one pass over the data; and where they collapse.
@@ -172,7 +188,7 @@ def sweep(strategy: str, tasks: str | None, heal: str | None, as_json: bool, **o
 
 @main.command(short_help="The deepest cut that keeps the accuracy.")
 @_options(_model, _keep, _strategy, _tasks, _shots, _limit, _task_folder, _calibration, _heal_data, _eval_data)
-@click.option("--heal-steps", type=int, metavar="N", help="Optimizer steps of each healing  [5000, or the recipe's].")
+@_options(_heal_steps, _heal_tokens, _heal_with)
 @_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _out("runs/<model>-find"), _json, _v)
 def find(tasks: str | None, as_json: bool, **options: Any) -> None:
     """How many layers can go, healed, so that a share of the accuracy above chance stays on every task?
@@ -235,20 +251,45 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 @click.option("--model", required=True, metavar="DIR", help="The cut checkpoint (any recipe name, Hub id or folder).")
 @_options(_heal_data)
 @click.option("--heal-steps", "steps", type=int, metavar="N", help="Optimizer steps  [5000, or the recipe's].")
+@click.option("--heal-tokens", "tokens", type=int, metavar="N", help="Instead of steps: as many as hold N tokens.")
 @click.option("--learning-rate", type=float, metavar="R", help="Peak learning rate  [3e-4, or the recipe's].")
 @click.option("--lora-rank", type=int, metavar="R", help="Rank of LoRA, and its alpha  [64, or the recipe's].")
+@click.option("--dropout", type=float, metavar="P", help="Dropout of LoRA  [0.05, or the recipe's].")
+@click.option("--warmup-steps", type=int, metavar="N", help="Steps of warm-up  [100, or the recipe's; a tenth of fewer steps].")
 @click.option("--batch-size", type=int, metavar="B", help="Sequences a step, over all micro-batches  [16, or the recipe's].")
-@click.option("--micro-batch", type=int, metavar="B", help="Sequences in memory at once  [chosen].")
 @click.option("--length", type=int, metavar="T", help="Tokens of a packed sequence  [the recipe's; 2048, or the model's context].")
+@click.option("--targets", metavar="A,B", help="What gets adapters: mlp, attention, or names of linear layers  [the MLP].")
+@click.option("--adapters", metavar="WHERE", help="all layers, those after the cut, or window:K, K on each side of it  [all].")
+@click.option("--distil", type=float, metavar="W", help="Add W times KL(unpruned || healed) to the loss  [0].")
+@click.option("--bridge", type=click.Choice(["map", "projection"]), help="Begin with a least-squares map over the cut.")
+@click.option("--teacher", metavar="M", help="The unpruned model, for --distil and --bridge  [the one the cut's record names].")
+@click.option(
+    "--packing", type=click.Choice(["documents", "joined", "truncate"]),
+    help="documents: joined, none sees another; joined: they do; truncate: one a sequence, as in the paper  [documents].",
+)  # fmt: skip
+@click.option("--validation", metavar="FILE|c4", help="Documents for the loss during training  [C4's, or held out of the data].")
+@click.option("--merge", type=click.Choice(["weights", "nf4"]), help="Into the checkpoint's weights, or those trained  [weights].")
+@click.option("--memory", metavar="SIZE", help="GPU memory to plan for, such as 16GiB  [most of what is free].")
+@click.option("--micro-batch", type=int, metavar="B", help="Sequences in memory at once  [chosen].")
+@click.option("--report-to", metavar="A,B", help="Reports beside the terminal's: tensorboard, wandb, trackio.")
 @_options(_seed, _device, _trust, _out("runs/<model>-healed"), _json, _v)
-def heal(heal_data: str | None, out: str | None, as_json: bool, **options: Any) -> None:
-    """Train a cut checkpoint back (QLoRA on the MLPs) and merge the adapter into it."""
+def heal(
+    heal_data: str | None, out: str | None, as_json: bool, targets: str | None, report_to: str | None, **options: Any
+) -> None:
+    """Train a cut checkpoint back (QLoRA on the MLPs) and merge the adapter into it.
+
+    Under `accelerate launch -m layerprune heal ...` on as many GPUs as that starts processes.
+    """
     from layerprune.heal.train import format_healing, heal_checkpoint
+    from layerprune.heal.world import is_first
     from layerprune.steps import default_folder
 
     folder = default_folder(out, options["model"], "healed")
-    result = heal_checkpoint(out=folder, data=heal_data, progress=True, **options)
-    _print(result, as_json, lambda: format_healing(result, str(folder)))
+    result = heal_checkpoint(
+        out=folder, data=heal_data, targets=_split(targets), report_to=_split(report_to) or (), progress=is_first(), **options
+    )
+    if is_first():
+        _print(result, as_json, lambda: format_healing(result, str(folder)))
 
 
 @main.command("eval", short_help="Score lm-eval tasks, measure the loss.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,12 @@ class Setup:
         """What decides how a cut is healed; files count by content, wherever they lie."""
         if self.heal is None:
             return None
-        return {**asdict(self.heal), "data": data_fingerprint(self.heal.data), "targets": list(self.heal.targets)}
+        found = {**asdict(self.heal), "data": data_fingerprint(self.heal.data), "targets": list(self.heal.targets)}
+        more = {k: v for k, v in self.heal_options.items() if k in _HEAL_WITH and k not in (*found, *_NOT_DECIDING)}
+        for key in ("validation",):
+            if key in more:
+                more[key] = data_fingerprint(more[key])
+        return {**found, "with": more} if more else found
 
     def measured_inputs(self) -> dict[str, Any]:
         """What decides a ranking and what is measured of a cut."""
@@ -141,6 +146,8 @@ def set_up(
     heal_data: str | None = None,
     eval_data: str | None = None,
     heal_steps: int | None = None,
+    heal_tokens: int | None = None,
+    heal_with: Sequence[str] | Mapping[str, Any] = (),
     heal: bool = True,
     samples: int | None = None,
     length: int | None = None,
@@ -151,14 +158,17 @@ def set_up(
 ) -> Setup:
     """Resolve and check settings; nothing is loaded. What is None comes from the recipe, else from the defaults.
 
-    heal: whether there will be healing, whose data and device are checked then. Raises UsageError and Refused.
+    heal: whether there will be healing, whose data and device are checked then. heal_with: other settings of
+    `heal_checkpoint`, as a mapping or as `key=value` texts. Raises UsageError and Refused.
     """
     from layerprune.eval.evaluate import parse_tasks
     from layerprune.prune.rank import rank_settings
 
-    for option, number in (("--samples", samples), ("--limit", limit), ("--heal-steps", heal_steps)):
+    numbers = {"--samples": samples, "--limit": limit, "--heal-steps": heal_steps, "--heal-tokens": heal_tokens}
+    for option, number in numbers.items():
         if number is not None and number < 1:
             raise UsageError(f"{option} {number} is not a number above 0")
+    more = heal_settings_from(heal_with)
     pick_dtype(dtype, pick_device(device))
     config = load_config(source.folder, trust_remote_code)
     recipe = source.recipe
@@ -176,11 +186,21 @@ def set_up(
     if heal:
         healing = recipe.heal if recipe else HealSettings()
         own = recipe.data_path(healing.data) if recipe else healing.data
+        if heal_tokens is not None:
+            if heal_steps is not None:
+                raise UsageError("--heal-steps and --heal-tokens both say how long to heal: give one of them")
+            batch = int(more.get("batch_size", healing.batch_size))
+            heal_steps = -(-heal_tokens // (batch * pick_length(healing.length if length is None else length, config)))
+        own_keys = ("learning_rate", "lora_rank", "dropout", "batch_size", "warmup_steps")
+        changed: dict[str, Any] = {key: more[key] for key in own_keys if key in more}
+        if "targets" in more:
+            changed["targets"] = tuple(more["targets"])
         healing = replace(
             healing,
             data=heal_data or own,
             steps=healing.steps if heal_steps is None else heal_steps,
             length=healing.length if length is None else length,
+            **changed,
         )
         check_data(healing.data, "--heal-data", "train", seed)
     check_data(ranking["data"], "--calibration", "validation", seed)
@@ -200,7 +220,7 @@ def set_up(
         tasks=parse_tasks(tasks, num_fewshot, recipe),
         task_folder=None if folder is None else str(folder),
         heal=healing,
-        heal_options={"steps": heal_steps, "length": length},
+        heal_options={"steps": heal_steps, "length": length, **more},
         own_heal_data=heal_data is not None,
         seed=seed,
         dtype=dtype,
@@ -208,6 +228,32 @@ def set_up(
         asked_device=device,
         trust_remote_code=trust_remote_code,
     )
+
+
+_HEAL_WITH: dict[str, Callable[[str], Any]] = {
+    "learning_rate": float, "lora_rank": int, "dropout": float, "warmup_steps": int, "batch_size": int, "micro_batch": int,
+    "targets": lambda text: text.split("+"), "packing": str, "adapters": str, "distil": float, "bridge": str, "merge": str,
+    "memory": str, "report_to": lambda text: text.split("+"), "teacher": str, "validation": str, "validation_samples": int,
+}  # fmt: skip
+"""Settings of healing that a run takes beside those with options of their own; several names are joined by `+`."""
+_NOT_DECIDING = ("memory", "micro_batch", "report_to")
+
+
+def heal_settings_from(given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of healing from `key=value` texts (a mapping stays what it is). UsageError for a key or a value that is none."""
+    if isinstance(given, Mapping):
+        given = [f"{key}={'+'.join(value) if isinstance(value, list | tuple) else value}" for key, value in given.items()]
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if key not in _HEAL_WITH or not equals:
+            raise UsageError(f"--heal-with {text}: give KEY=VALUE, with one of {', '.join(_HEAL_WITH)}")
+        try:
+            found[key] = _HEAL_WITH[key](value.strip())
+        except ValueError:
+            raise UsageError(f"--heal-with {text}: {value.strip()!r} is no value of {key}") from None
+    return found
 
 
 def run_cost(plan: Plan, out: Path) -> str:

@@ -51,6 +51,16 @@ class Stages:
             self._source = self.load(self.setup.source.folder)
         return self._source
 
+    def release(self) -> None:
+        """Let the source go, and the memory that it held on GPUs, for other processes."""
+        import gc
+
+        import torch
+
+        self._source = None
+        gc.collect()  # a model that accelerate spread refers to itself
+        torch.cuda.empty_cache()
+
     def rank(self) -> dict[str, Any]:
         from layerprune.model.decoder import view_decoder
         from layerprune.prune.rank import rank_live

@@ -20,6 +20,7 @@ from layerprune.model.tree import CutTree
 from layerprune.page import write_report
 from layerprune.runfolder import RunFolder, open_run
 from layerprune.runplan import Setup, as_time, check_batch_size, check_strategy, costs, held_bytes, set_up, unknown_tasks
+from layerprune.spread import Piece, Spread, check_spread, heal_apart
 from layerprune.stages import Say, Stages, to_stderr
 
 STRATEGIES = ("angular", "last")
@@ -36,6 +37,9 @@ def sweep(
     progress: bool = False,
     say: Say = to_stderr,
     batch_size: int | None = None,
+    workers: int | None = None,
+    launcher: str | None = None,
+    launcher_args: str | Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Measure every depth of a model: normalised loss and tasks against the layers dropped, and where they collapse.
@@ -44,6 +48,12 @@ def sweep(
     text such as `0:0.5` or `0.1,0.2:0.4`; None for every n from 1 to L-1. All cuts that are not healed come from one pass
     over the data. heal: fractions at which each strategy's cut is written and healed too. keep: the share of the accuracy
     above chance that the recommendation keeps. settings: those of `layerprune.runplan.set_up` (tasks, data, limits).
+
+    workers: healings at a time, each in a process of its own that sees one GPU (more where one does not hold the model); None
+    for the GPUs here, 1 on the CPU and where a device is named. launcher: `slurm` or `local` heals each cut in a job of its own
+    through submitit, with launcher_args as its parameters (`timeout_min`, by default a day; `slurm_partition` ...); all
+    machines must see the folder, the model and the data under the same paths (a shared file system). The result is that of
+    one process. When one healing fails the others are still done, and Refused names it.
 
     out: the folder, by default runs/<model>-sweep; it gets rank.json (with `angular`), answers/ (each sample's answer at
     each depth), the curve (curve.json, curve.csv, items.json, collapse.json), figures/, report.html and
@@ -54,6 +64,7 @@ def sweep(
     check_keep(keep)
     check_batch_size(batch_size)
     plan = plan_sweep(model, strategies, drops, heal, **settings)
+    spread = check_spread(workers, launcher, launcher_args, plan.setup.device, plan.setup.asked_device)
     folder = Path(out) if out is not None else Path("runs") / f"{plan.setup.source.label}-sweep"
     with open_run(folder, {"kind": "sweep", **plan.setup.measured_inputs()}, plan.setup.given()) as opened:
         plan = plan.joined(opened)
@@ -63,7 +74,7 @@ def sweep(
         if opened.finished and opened.manifest.get("asked") == asked and _whole(folder, plan):
             say(f"{folder} holds this sweep, finished")
         else:
-            Sweeper(plan, opened, Stages(plan.setup, say, progress, None, batch_size), keep, asked).all()
+            Sweeper(plan, opened, Stages(plan.setup, say, progress, None, batch_size), keep, asked, spread).all()
         return {**opened.manifest["result"], "folder": str(folder)}
 
 
@@ -172,10 +183,17 @@ class Sweeper:
     """The phases of one sweep, each skipped where its results lie in the folder."""
 
     def __init__(
-        self, plan: SweepPlan, folder: RunFolder, stages: Stages, keep: float, asked: dict[str, Any] | None = None
+        self,
+        plan: SweepPlan,
+        folder: RunFolder,
+        stages: Stages,
+        keep: float,
+        asked: dict[str, Any] | None = None,
+        spread: Spread | None = None,
     ) -> None:
         self.plan, self.folder, self.path, self.stages, self.keep = plan, folder, folder.path, stages, keep
         self.setup, self.layers, self.say, self.asked = plan.setup, plan.setup.layers, stages.say, asked
+        self.spread = spread or Spread(workers=1)
         self.not_written: set[tuple[str, int]] = set()
 
     def all(self) -> None:
@@ -190,8 +208,9 @@ class Sweeper:
         kept = self.kept(ranking)
         with self.folder.phase("sweep"):
             found = self.stages.sweep(kept.values(), self.path / "answers")
+        self.heal_apart(kept, found)
         healed: dict[tuple[str, int], dict[str, Any]] = {}
-        for n in self.plan.heal:
+        for n in self.plan.heal:  # what was healed apart is only read
             write_curve(self.path, self.setup.source.label, self.layers, self.rows(kept, found, healed), self.keep)
             for strategy in self.plan.strategies:
                 if (strategy, n) in self.not_written:
@@ -216,6 +235,49 @@ class Sweeper:
             }
         )
 
+    def unhealed(self) -> list[Piece]:
+        """The strategies and depths that are still to be healed or measured, in the order in which that is done."""
+        may_heal = self.setup.heal is not None
+        return [
+            (strategy, n)
+            for n in self.plan.heal
+            for strategy in self.plan.strategies
+            if (strategy, n) not in self.not_written
+            and (may_heal or (self.path / "heal" / f"{strategy}-{n}" / "healed").exists())
+            and not self.is_healed((strategy, n))
+        ]
+
+    def is_healed(self, piece: Piece) -> bool:
+        """Whether `heal_depth` would find everything done."""
+        there = (self.path / "heal" / f"{piece[0]}-{piece[1]}" / "healed").exists()
+        return there and depth_measured(self.stages, self.path, *piece) is not None
+
+    def heal_apart(self, kept: Mapping[tuple[str, int], Kept], found: Mapping[Kept, dict[str, Any] | None]) -> None:
+        """Heal in other processes, where that was asked for or several GPUs are there; the curve grows with each that arrives."""
+        pieces = self.unhealed()
+        slots = self.slots(pieces)
+        if not self.plan.heal and (self.spread.workers or self.spread.launcher):
+            self.say("nothing is to be healed, so --workers and --launcher have nothing to do: give --heal too")
+        if not pieces or (self.spread.launcher is None and len(slots) < 2):
+            return
+        healed: dict[Piece, dict[str, Any]] = {}
+
+        def arrived(piece: Piece) -> None:
+            healed[piece] = depth_measured(self.stages, self.path, *piece) or {}
+            write_curve(self.path, self.setup.source.label, self.layers, self.rows(kept, found, healed), self.keep)
+
+        write_curve(self.path, self.setup.source.label, self.layers, self.rows(kept, found, healed), self.keep)
+        self.stages.release()
+        heal_apart(
+            pieces, slots, self.spread, self.setup, self.path,
+            batch_size=self.stages.batch_size, done=self.is_healed, arrived=arrived, say=self.say,
+        )  # fmt: skip
+
+    def slots(self, pieces: Sequence[Piece]) -> list[dict[str, str]]:
+        if not pieces:
+            return []
+        return self.spread.slots(len(pieces), self.setup, 1 - min(n for _, n in pieces) / self.layers)
+
     def refused(self, kept: Mapping[tuple[str, int], Kept], ranking: Mapping[str, Any] | None) -> set[tuple[str, int]]:
         """The cuts that cannot be written as a checkpoint of this architecture; they are measured, and not recommended."""
         from layerprune.prune.cut import plan_block
@@ -236,9 +298,10 @@ class Sweeper:
     def check_room(self) -> None:
         """Refuse a disk that cannot hold the healed checkpoints."""
         each = sum(t.nbytes for t in read_checkpoint(self.setup.source.folder).values())
-        parts = [1 - n / self.layers for n in self.plan.heal for _ in self.plan.strategies]
-        if parts:
-            must_have_room(self.path, each * (sum(parts) + max(parts)), held_bytes(self.path))
+        parts = sorted((1 - n / self.layers for n in self.plan.heal for _ in self.plan.strategies), reverse=True)
+        if parts:  # each healing under way has its cut beside it
+            cuts = sum(parts[: max(1, len(self.slots(self.unhealed())))])
+            must_have_room(self.path, each * (sum(parts) + cuts), held_bytes(self.path))
 
     def announce(self) -> None:
         setup, plan = self.setup, self.plan

@@ -16,12 +16,14 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from layerprune.model.errors import Refused, UsageError, network_errors
+from layerprune.model.errors import Refused, UsageError, network_errors, one_line
 from layerprune.model.progress import progress_bar
 
 C4_ID = "allenai/c4"
 C4_REVISION = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 C4_SHARDS = {"train": 1024, "validation": 8}
+_ROWS = 256
+"""Rows of a Parquet file that are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def read_documents(data: str, split: str, samples: int | None, seed: int = 0) ->
     """Draw `samples` documents (all where None) from a file or from C4, in an order that only `seed` decides.
 
     data: a JSONL file with a `text` field, or plain text with a blank line between documents; plain, .gz or
-    .zst; or `c4` for allenai/c4 `en` at a pinned revision, `split` being `train` or `validation`.
+    .zst; a Parquet file with a `text` column of strings; or `c4` for allenai/c4 `en` at a pinned revision,
+    `split` being `train` or `validation`.
     From C4 the documents are drawn from as few shards as hold them, the shards in an order of `seed`.
     Raises Refused for a file that is missing, empty or broken, and for a C4 that cannot be reached.
     """
@@ -50,16 +53,16 @@ def read_documents(data: str, split: str, samples: int | None, seed: int = 0) ->
         return list(islice(_c4_documents(split, rng), samples))
     path = Path(data).expanduser()
     if samples is None:
-        documents = list(_local_documents(path))
+        documents = list(local_documents(path))
         if not documents:
             raise Refused(f"{path} holds no documents")
         return documents
     # two passes, so that a few documents of a large file take no more memory than they need
-    count = sum(1 for _ in _local_documents(path))
+    count = sum(1 for _ in local_documents(path))
     if count == 0:
         raise Refused(f"{path} holds no documents")
     chosen = set(rng.sample(range(count), samples)) if samples < count else range(count)
-    return [text for i, text in enumerate(_local_documents(path)) if i in chosen]
+    return [text for i, text in enumerate(local_documents(path)) if i in chosen]
 
 
 def stream_documents(data: str, split: str, seed: int = 0) -> Iterator[str]:
@@ -141,6 +144,14 @@ def data_fingerprint(data: str) -> str:
         return f"{C4_ID}@{C4_REVISION}"
     with open(Path(data).expanduser(), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def document_hash(text: str) -> bytes:
+    """SHA-256 (32 bytes) of a document, each run of white space in it taken as one blank, that at its ends as none.
+
+    So one document in two files is the same one where they differ in line ends, indentation or a last newline.
+    """
+    return hashlib.sha256(" ".join(text.split()).encode()).digest()
 
 
 def _c4_shard(split: str, shard: int) -> Path:
@@ -225,11 +236,21 @@ def _json_lines(path: Path) -> Iterator[str]:
         raise Refused(f"{path} cannot be read: {error or 'truncated'}") from error
 
 
-def _local_documents(path: Path) -> Iterator[str]:
-    """Documents of a local file; a first line that is a JSON object makes it JSONL, else it is plain text."""
+def local_documents(path: Path) -> Iterator[str]:
+    """The documents of a local file, one by one in the file's order; the file is never in memory as a whole.
+
+    `PAR1` at its beginning makes it Parquet, a first line that is a JSON object makes it JSONL, else it is plain text.
+    Raises Refused for a file that is missing or broken, or whose rows have no text.
+    """
     if not path.is_file():
         raise Refused(f"the data file {path} does not exist")
     try:
+        with open(path, "rb") as start:
+            magic = start.read(4)
+        # by name too: what is called so and is something else, such as a Git LFS pointer, must not pass for text
+        if magic == b"PAR1" or path.suffix == ".parquet":
+            yield from _parquet_documents(path)
+            return
         with _open(path) as file:
             head = next((line for line in file if line.strip()), "")
         if head.lstrip().startswith("{") or ".json" in path.name:
@@ -249,6 +270,27 @@ def _local_documents(path: Path) -> Iterator[str]:
             yield "".join(paragraph).strip()
     except _unreadable() as error:
         raise Refused(f"{path} cannot be read as text: {error or 'truncated'}") from error
+
+
+def _parquet_documents(path: Path) -> Iterator[str]:
+    import pyarrow as arrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        # buffered, not pre-buffered: piece by piece within a row group, which in many files is all of it
+        with ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True) as file:
+            schema = file.schema_arrow
+            if schema.get_field_index("text") < 0:
+                raise Refused(f"{path} has no column `text`, but {', '.join(schema.names) or 'none'}: rename the one with the text")
+            kind = schema.field("text").type
+            kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
+            if str(kind) not in ("string", "large_string", "string_view"):
+                raise Refused(f"the column `text` of {path} holds {kind} values: they must be strings")
+            # without threads: they would not outlive a fork
+            for batch in file.iter_batches(_ROWS, columns=["text"], use_threads=False):
+                yield from (text for text in batch.column("text").to_pylist() if text and text.strip())
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} cannot be read as Parquet: {one_line(error)}") from error
 
 
 def _unreadable() -> tuple[type[Exception], ...]:

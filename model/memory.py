@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from layerprune.model.errors import Refused, one_line
+from layerprune.model.errors import Refused, UsageError, one_line
 
 Row = TypeVar("Row")
 
@@ -23,6 +24,16 @@ def available_memory() -> int:
             first / "memory.limit_in_bytes", first / "memory.usage_in_bytes", first / "memory.stat", "total_inactive_file"
         ),
     ))  # fmt: skip
+
+
+def byte_count(given: str | int | None, option: str) -> int | None:
+    """Bytes from text such as `16GiB`, `24 GB` or `512MiB`; None stays None. UsageError for anything else."""
+    if given is None or isinstance(given, int):
+        return given
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", given, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"{option} {given} is no amount of memory, such as 16GiB or 24GB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1))
 
 
 def _of_machine() -> int:

@@ -83,12 +83,13 @@ def prove_bytes(
         raise Refused(f"the written checkpoint is wrong: {odd} is in the plan or in the file, not in both")
     for old, new in renamed.items():
         a, b = source[old], written[new]
-        if (a.dtype, a.shape) != (b.dtype, b.shape) or not _same_bytes(a, b):
+        if (a.dtype, a.shape) != (b.dtype, b.shape) or not same_bytes(a, b):
             raise Refused(f"the written checkpoint is wrong: {new} is not {old} of the source")
         progress(b.nbytes)
 
 
-def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
+def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two stored tensors of one size hold the same bytes."""
     with open(a.file, "rb") as left, open(b.file, "rb") as right:
         for at in range(0, a.nbytes, _CHUNK):
             size = min(_CHUNK, a.nbytes - at)
@@ -136,18 +137,23 @@ def prove_logits(
                 "the CPU); this model depends on layer positions in a way that its config does not show"
             )
         try:
-            cache = decoder.model(input_ids=ids_BT[:, :-1], use_cache=True)
-            names = ("past_key_values", "cache_params", "state")  # attention, Mamba, RWKV
-            # newer outputs give one cache under several names, and some models take it under one of them only
-            taken = inspect.signature(decoder.model.forward).parameters
-            given = {name: cache[name] for name in names if cache.get(name) is not None}
-            held = {name: value for name, value in given.items() if name in taken} or given
-            decoder.model(input_ids=ids_BT[:, -1:], use_cache=True, **held)
+            step_with_cache(decoder, ids_BT)
         except model_errors() as error:
             raise Refused(
                 f"transformers cannot generate with a cache from what this cut would be ({type(error).__name__}: "
                 f"{one_line(error)}); choose another block"
             ) from error
+
+
+def step_with_cache(decoder: Decoder, ids_BT: Any) -> None:
+    """Run all tokens but the last, then the last with the KV cache; what the model raises is let through."""
+    cache = decoder.model(input_ids=ids_BT[:, :-1], use_cache=True)
+    names = ("past_key_values", "cache_params", "state")  # attention, Mamba, RWKV
+    # newer outputs give one cache under several names, and some models take it under one of them only
+    taken = inspect.signature(decoder.model.forward).parameters
+    given = {name: cache[name] for name in names if cache.get(name) is not None}
+    held = {name: value for name, value in given.items() if name in taken} or given
+    decoder.model(input_ids=ids_BT[:, -1:], use_cache=True, **held)
 
 
 def _source_logits(source: Path, kept: Kept, ids_BT: Any, dtype: str, trust_remote_code: bool, progress: bool) -> Any:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as arrow
 import pytest
 import zstandard
+from pyarrow import parquet
 
 from layerprune.model.data import (
     batches,
     check_data,
     check_token_id,
     data_fingerprint,
+    document_hash,
+    local_documents,
     read_documents,
     stream_documents,
     tokenise,
@@ -81,6 +86,95 @@ def test_what_is_truncated_anywhere_is_refused(packed: str, cut: int, tmp_path: 
             read_documents(str(path), "validation", None)
     path.write_bytes(whole + whole)
     assert len(read_documents(str(path), "validation", None)) == 600
+
+
+# Parquet
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "d.txt", "d.jsonl.gz", "noname"])
+@pytest.mark.parametrize("kind", [arrow.string(), arrow.large_string(), arrow.dictionary(arrow.int32(), arrow.string())])
+def test_parquet_is_known_by_its_content(kind: arrow.DataType, name: str, tmp_path: Path) -> None:
+    column = arrow.array([TEXTS[0], None, "", " \n\t", *TEXTS[1:]]).cast(kind)
+    table = arrow.table({"text.en": ["x"] * len(column), "text": column, "n": range(len(column))})
+    parquet.write_table(table, tmp_path / name, row_group_size=2)
+    assert read_documents(str(tmp_path / name), "validation", None) == TEXTS
+    assert sorted(stream_documents(str(tmp_path / name), "train", 0)) == sorted(TEXTS)
+
+
+def test_parquet_gives_what_the_same_jsonl_gives(tmp_path: Path) -> None:
+    texts = [f"document {i}" for i in range(1000)]
+    (tmp_path / "d.jsonl").write_bytes(as_lines(texts))
+    parquet.write_table(arrow.table({"text": texts}), tmp_path / "d.parquet", row_group_size=300)
+    drawn = [read_documents(str(tmp_path / name), "validation", 20, 3) for name in ("d.jsonl", "d.parquet")]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 20
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"content": ["a"], "url": ["b"]}, "d.parquet has no column `text`, but content, url: rename the one with the text"),
+        ({"text": [1, 2]}, "the column `text` of .*d.parquet holds int64 values: they must be strings"),
+        ({"text": [["a"], ["b"]]}, r"holds list<\w+: string> values: they must be strings"),
+        ({"text": [b"a"]}, "holds binary values: they must be strings"),
+        ({"text": [None, " "]}, "d.parquet holds no documents"),
+    ],
+)
+def test_parquet_without_text_is_refused(columns: dict[str, Any], told: str, tmp_path: Path) -> None:
+    kinds = {"text": arrow.string()} if columns.get("text") == [None, " "] else None
+    table = arrow.table(columns, schema=arrow.schema(kinds) if kinds else None)
+    parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(Refused, match=told):
+        read_documents(str(tmp_path / "d.parquet"), "validation", None)
+
+
+def test_broken_parquet_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.parquet"
+    texts = [" ".join(str(random.Random(i).random()) for _ in range(9)) for i in range(300)]
+    parquet.write_table(arrow.table({"text": texts}), path, row_group_size=50, write_page_checksum=True, compression="none")
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[1000] ^= 1  # a bit of the first row group's text: only its checksum tells
+    lfs_pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+    for content in (whole[:-1], whole[: len(whole) // 2], b"PAR1", b"", bytes(flipped), lfs_pointer, whole[1:]):
+        path.write_bytes(content)
+        with pytest.raises(Refused, match="d.parquet cannot be read as Parquet: .*") as told:
+            read_documents(str(path), "validation", None)
+        assert "\n" not in str(told.value)
+    invalid = arrow.Array.from_buffers(
+        arrow.string(), 1, [None, arrow.array([0, 2], arrow.int32()).buffers()[1], arrow.py_buffer(b"\xff\xfe")]
+    )
+    parquet.write_table(arrow.table({"text": invalid}), path)
+    with pytest.raises(Refused, match="d.parquet cannot be read as Parquet: .*utf-8"):
+        read_documents(str(path), "validation", None)
+
+
+def test_parquet_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    """One row group of 32 MB of text, compressible or not, as many files are."""
+    path = tmp_path / "d.parquet"
+    rng = random.Random(0)
+    texts = [rng.randbytes(2000).hex() for _ in range(8000)]
+    parquet.write_table(arrow.table({"text": texts}), path, row_group_size=len(texts))
+    del texts
+    assert parquet.read_metadata(path).num_row_groups == 1
+    before = arrow.total_allocated_bytes()
+    most = max(arrow.total_allocated_bytes() for _ in local_documents(path)) - before
+    assert most < 16 << 20
+    documents = local_documents(path)
+    next(documents)
+    del documents
+    assert arrow.total_allocated_bytes() - before < 1 << 20, "what is begun and dropped is closed"
+
+
+# Drawing
+
+
+def test_a_documents_hash_is_that_of_its_words() -> None:
+    text = "A river, \n\n  and a\tstone."
+    assert document_hash(text) == hashlib.sha256(b"A river, and a stone.").digest()
+    for same in ("A river, and a stone.", "\r\n" + text.replace("\n", "\r\n") + " \n"):
+        assert document_hash(same) == document_hash(text)
+    for other in ("A river,and a stone.", "a river, and a stone.", "A river, and a stone", "", "A river, and a st one."):
+        assert document_hash(other) != document_hash(text)
 
 
 def test_samples_are_drawn_by_the_seed_alone(tmp_path: Path) -> None:

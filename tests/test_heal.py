@@ -1,4 +1,4 @@
-"""Healing: settings, packing, targets, merging, and whole runs on a tiny checkpoint."""
+"""Healing: settings, targets, merging, and whole runs on a tiny checkpoint."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from layerprune.heal import trainer
+from layerprune.heal import quantise, trainer, watch
 from layerprune.heal.merge import Stored, _live_weight, locate, merge_adapter, merged_weight, read_tensor
 from layerprune.heal.packing import pack
 from layerprune.heal.settings import heal_settings
@@ -136,46 +135,6 @@ def test_settings_out_of_range_are_named(base: Path, changed: dict[str, Any], to
         heal_settings(load_config(base), None, **{**given, **changed})
 
 
-# Packing
-
-
-def test_packing_joins_documents_with_the_tokenizers_own_tokens(
-    tiny_tokenizer: Any, prose: list[str], data: str, tmp_path: Path
-) -> None:
-    packed = pack(tiny_tokenizer, data, 60, 16, 0, tmp_path)
-    stream = packed.ids_NT.reshape(-1).tolist()
-    begin, end = tiny_tokenizer.bos_token_id, tiny_tokenizer.eos_token_id
-    texts = tiny_tokenizer.decode(stream).split("</s>")
-    assert stream[0] == begin and stream.count(end) >= 5
-    assert all(stream[i + 1] == begin for i, token in enumerate(stream[:-1]) if token == end)
-    assert all(text.removeprefix("<s>").strip() in prose for text in texts[:-1])
-    assert len({*texts[:-1]}) == len(texts) - 1, "no document twice in one epoch"
-    assert (packed.documents, packed.epochs) == (len(texts), 1)
-
-
-def test_packing_depends_on_the_seed_alone(tiny_tokenizer: Any, data: str, tmp_path: Path) -> None:
-    first, again, other = (
-        pack(tiny_tokenizer, data, 20, 16, seed, tmp_path / name).ids_NT for seed, name in ((0, "a"), (0, "b"), (1, "c"))
-    )
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
-
-
-def test_packing_repeats_short_data_in_another_order(tiny_tokenizer: Any, prose: list[str], data: str, tmp_path: Path) -> None:
-    one = sum(len(tiny_tokenizer(text)["input_ids"]) + 1 for text in prose)
-    packed = pack(tiny_tokenizer, data, 3 * one // 32, 32, 0, tmp_path)
-    assert packed.epochs == 3 and 2 * len(prose) < packed.documents <= 3 * len(prose)
-    stream = packed.ids_NT.reshape(-1)
-    assert sorted(stream[:one]) == sorted(stream[one : 2 * one]) and not np.array_equal(stream[:one], stream[one : 2 * one])
-
-
-def test_packing_refuses_less_than_one_sequence_and_is_not_made_twice(tiny_tokenizer: Any, data: str, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="tokens, which do not fill one sequence of 9,999"):
-        pack(tiny_tokenizer, data, 1, 9999, 0, tmp_path / "long")
-    made = pack(tiny_tokenizer, data, 4, 16, 0, tmp_path / "made")
-    Path(data + ".gone").write_text("")
-    assert np.array_equal(pack(tiny_tokenizer, "gone", 4, 16, 0, tmp_path / "made").ids_NT, made.ids_NT)
-
-
 # Targets
 
 
@@ -190,7 +149,7 @@ def test_targets_are_the_mlp_and_nothing_else(base: Path) -> None:
         choose_targets(decoder, ["q_proj"])
     some = [t for t in choose_targets(decoder) if t.layer != 1 or t.inside != "mlp.up_proj"]
     assert target_pattern(decoder, choose_targets(decoder)).startswith("model")
-    hit = trainer.add_lora(decoder.model, target_pattern(decoder, some), heal_settings(load_config(base), None, lora_rank=2))
+    hit = quantise.add_lora(decoder.model, target_pattern(decoder, some), heal_settings(load_config(base), None, lora_rank=2))
     assert set(hit.targeted_module_names) == {t.name for t in some}
 
 
@@ -203,9 +162,9 @@ def test_layers_that_bitsandbytes_decodes_wrongly_on_the_cpu_are_left_unquantise
     folder = build_llama(tmp_path / "odd", layers=2, hidden=64, intermediate_size=96)
     model = load_model(folder, device="cpu")
     down = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
-    assert trainer.unquantised(model, "cpu") == [*down, "lm_head"]
-    assert trainer.unquantised(model, "cuda") == ["lm_head"]
-    packed = trainer.load_quantised(folder, "cpu", torch.float32, trainer.unquantised(model, "cpu"))
+    assert quantise.unquantised(model, "cpu") == [*down, "lm_head"]
+    assert quantise.unquantised(model, "cuda") == ["lm_head"]
+    packed = quantise.load_quantised(folder, "cpu", torch.float32, quantise.unquantised(model, "cpu"))
     kinds = {name: type(module.weight).__name__ for name, module in packed.named_modules() if hasattr(module, "weight")}
     assert kinds["model.layers.0.mlp.up_proj"] == "Params4bit" and kinds["model.layers.0.mlp.down_proj"] == "Parameter"
     for name in kinds:
@@ -364,10 +323,10 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from layerprune.heal import merge, packing, train, trainer
+from layerprune.heal import merge, packing, train, trainer, watch
 
 root, base, data, settings = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
-trainer.SAVE_SECONDS = 0.0
+watch.SAVE_SECONDS = 0.0
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -463,7 +422,7 @@ def test_an_output_or_adapter_that_exists_is_left_alone(base: Path, data: str, t
 def test_a_loss_that_is_no_number_is_refused_with_the_good_state_kept(
     base: Path, data: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "SAVE_SECONDS", 0.0)
     step = trainer.Trainer.training_step
 
     def broken(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,439 @@
+"""What a healing keeps in memory: chosen for the fastest step within a budget, from a few layers that are measured.
+
+Three things trade memory for time: sequences at once (more of them share a decoding of the weights), weights kept decoded
+from NF4, and activations kept for the backward pass instead of computed again. Each costs and gains the same per layer, so
+one layer of each kind is run forward and back, and every plan's peak and time follow by adding up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from layerprune.heal.fused import next_token_loss
+from layerprune.heal.linear import four_bit_linears
+from layerprune.heal.student import Student, with_hidden
+from layerprune.model.decoder import first_hidden, hidden_of
+from layerprune.model.errors import Refused
+from layerprune.model.memory import available_memory
+
+GIB = 1 << 30
+MOST_TOKENS = 32_768
+"""Tokens of a micro-batch above which more of them gain nothing."""
+COMPILED_TOKENS = 8192
+"""Tokens at which compiled layers are measured; other sizes are scaled from there, since each costs a compilation."""
+COMPILE_WORTH = 240.0
+"""Seconds of training from which compiling layers pays for itself."""
+MEASURE_WORTH = 1800.0
+"""Seconds of training from which compiled layers are measured at every size."""
+SLACK = 1.03
+"""Bytes that an allocator holds for a byte that is asked of it, at the peak."""
+OWN_SHARE = 0.92
+"""Of the memory that is free, what is taken where no budget is given."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A plan: sequences in memory at once; of the trained layers, how many (the first ones) are computed again in the
+    backward pass; of all layers, how many keep decoded weights; whether layers are compiled.
+
+    estimate: bytes of the peak, the device's context included; seconds: of one step. None where nothing was measured.
+    """
+
+    micro_batch: int
+    recomputed: int = 0
+    decoded: int = 0
+    compiled: bool = False
+    estimate: int | None = None
+    seconds: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer at one micro-batch: bytes that it leaves behind for the backward pass, the most that the backward pass takes
+    beside them, seconds forward and back; `kept` with its activations kept, `again` with them computed again."""
+
+    kept: int
+    again: int
+    kept_back: int
+    again_back: int
+    kept_seconds: float
+    again_seconds: float
+    forward_seconds: float
+
+    def scaled(self, factor: float) -> Layer:
+        return Layer(*(type(v)(v * factor) for v in (getattr(self, key) for key in self.__dataclass_fields__)))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A micro-batch's costs. layers: of each layer by index; head: bytes and seconds of the loss; inputs: bytes of what the
+    model hands its layers, state: bytes of one hidden state."""
+
+    micro_batch: int
+    layers: dict[int, Layer]
+    head: int
+    head_seconds: float
+    inputs: int
+    state: int
+
+    def scaled(self, micro_batch: int) -> Measured:
+        factor = micro_batch / self.micro_batch
+        layers = {i: layer.scaled(factor) for i, layer in self.layers.items()}
+        # the loss takes its slices one after another, whatever the number of rows
+        head = self.head + round(self.state * (factor - 1))
+        return Measured(
+            micro_batch, layers, head, self.head_seconds * factor, round(self.inputs * factor), round(self.state * factor)
+        )
+
+
+class Planner:
+    """Plans for one student on one GPU."""
+
+    def __init__(
+        self, student: Student, length: int, steps: int, sequences: int, positions_T: torch.Tensor | None, world: int = 1
+    ) -> None:
+        """sequences: of one step on this device; positions_T: as documents restart them, None where they do not."""
+        self.student, self.length, self.steps, self.sequences = student, length, steps, sequences
+        self.positions_T = positions_T
+        self.device = student.decoder.device
+        self.trained = trained_layers(student)
+        order = [*self.trained, *sorted(set(range(len(student.decoder))) - set(self.trained))]
+        self.weights = [(i, four_bit_linears(student.decoder.layers[i])) for i in order]
+        self.parameters = [p for p in student.decoder.model.parameters() if p.requires_grad]
+        adapters = sum(p.numel() for p in self.parameters)
+        # Adam's two moments; several processes also hold the gradients in the buckets that they exchange
+        self.later = adapters * (8 if world == 1 else 12)
+        self._pool: list[Measured] = []
+
+    def choose(self, sizes: Sequence[int], budget: int | None, say: Callable[[str], None]) -> Memory:
+        """The fastest plan within `budget` bytes of the device, None for most of what is free. Raises Refused for none."""
+        room, context = self.room(budget)
+        with self._gradients():
+            static = torch.cuda.memory_allocated(self.device) + self.later
+            decode_seconds = self._decode_seconds()
+            measured = self._measure_sizes(sizes, static, room)
+            best = self._best(measured, static, room, decode_seconds)
+            if best is not None and (best.seconds or 0) * self.steps > COMPILE_WORTH:
+                best = self._compiled(best, sizes, static, room, decode_seconds, say) or best
+            pool = self._pool if best is not None and best.compiled else measured
+            while best is not None:
+                tried = self._try(best)
+                if tried is not None:
+                    return replace(tried, estimate=int((best.estimate or 0) + context))
+                # weights that were decoded for the trial stay so
+                room = int(room * 0.95)
+                best = self._best(pool, static, room, decode_seconds, best.compiled, best.decoded)
+        least = f"{(static + context) / GIB:.1f} GiB are taken before the first sequence"
+        raise Refused(
+            f"healing does not fit in {(budget or room + context) / GIB:.1f} GiB with sequences of {self.length} tokens ({least}): "
+            "use a smaller --length, a smaller --lora-rank or more --memory"
+        )
+
+    def room(self, budget: int | None) -> tuple[int, int]:
+        """(bytes that tensors may take, bytes of the device that are taken by other than tensors)."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        reserved = torch.cuda.memory_reserved(self.device)
+        if budget is None:
+            room = int((free + reserved) * OWN_SHARE)
+            context = 0
+        else:
+            context = context_bytes(self.device)
+            room = min(budget - context, free + reserved)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(room, 1) / total), self.device)
+        return room, context
+
+    def _best(
+        self, measured: Sequence[Measured], static: int, room: int, decode_seconds: float, compiled: bool = False,
+        floor: int = 0,
+    ) -> Memory | None:  # fmt: skip
+        found: list[Memory] = []
+        for one in measured:
+            for decoded in range(floor, len(self.weights) + 1):
+                for recomputed in range(len(self.trained) + 1):
+                    peak = self.peak(one, static, decoded, recomputed)
+                    if peak <= room:
+                        seconds = self.seconds(one, decoded, recomputed, decode_seconds)
+                        found.append(Memory(one.micro_batch, recomputed, decoded, compiled, peak, seconds))
+                        break  # more recomputing is slower
+        # of plans that are as fast, the one that takes less
+        fastest = min((plan.seconds or 0 for plan in found), default=0.0)
+        return min((plan for plan in found if (plan.seconds or 0) <= 1.005 * fastest), key=lambda p: p.estimate or 0, default=None)
+
+    def peak(self, one: Measured, static: int, decoded: int, recomputed: int) -> int:
+        """Bytes of tensors at the peak of a step."""
+        again, kept = self.trained[:recomputed], self.trained[recomputed:]
+        more = sum(part.decoded_bytes - part.packed_bytes for _, parts in self.weights[:decoded] for part in parts)
+        behind = sum(one.layers[i].again for i in again) + sum(one.layers[i].kept for i in kept)
+        # in the backward pass a layer's own share is freed after it, so the first one back is at the peak
+        back = max([one.layers[i].kept_back for i in kept] or [one.layers[i].again_back for i in again] or [0])
+        late = sum(one.layers[i].again for i in again) + max([one.layers[i].again_back for i in again] or [0])
+        shared = 2 * one.state if self.student.teaching else 0
+        fixed = static + more + one.inputs + shared
+        return int(SLACK * (fixed + max(behind + one.head, behind + one.state + back, late + one.state)))
+
+    def seconds(self, one: Measured, decoded: int, recomputed: int, decode_seconds: float) -> float:
+        """Of one optimizer step."""
+        again, kept = self.trained[:recomputed], self.trained[recomputed:]
+        rest = [i for i in self.student.kept if i < min(self.trained, default=0)]
+        times = sum(one.layers[i].again_seconds for i in again) + sum(one.layers[i].kept_seconds for i in kept)
+        times += sum(one.layers[i].forward_seconds for i in rest) + one.head_seconds
+        teaching = self.student.teaching
+        taught = set(range(teaching.shared, len(self.student.decoder))) if teaching else set()
+        times += sum(one.layers[i].forward_seconds for i in taught)
+        each = decode_seconds
+        for i, _ in self.weights[:decoded]:
+            passes = 3 if i in again else 2 if i in kept else 1 if i in rest else 0
+            times -= each * (passes + (i in taught))
+        return times * self.sequences / one.micro_batch
+
+    def _compiled(
+        self, eager: Memory, sizes: Sequence[int], static: int, room: int, decode_seconds: float, say: Callable[[str], None]
+    ) -> Memory | None:
+        """The best plan with compiled layers, None where they cannot be compiled or are no faster."""
+        long = (eager.seconds or 0) * self.steps > MEASURE_WORTH
+        fitting = [size for size in sizes if size * self.length <= (MOST_TOKENS if long else COMPILED_TOKENS)] or [min(sizes)]
+        self.student.compiled = True
+        say("compiling the layers")
+        self._pool = []
+        try:
+            for size in sorted(fitting) if long else [max(fitting)]:
+                self._pool.append(self._measure(size))
+        except torch.cuda.OutOfMemoryError:  # larger sizes do not fit
+            torch.cuda.empty_cache()
+        except Exception as error:  # whatever a compiler trips over: the layers run as they are
+            say(f"the layers are not compiled ({type(error).__name__})")
+            self._pool = []
+        if not self._pool:
+            self.student.compiled = False
+            return None
+        if not long:
+            one = self._pool[0]
+            self._pool = [one.scaled(size) for size in sizes if size * self.length <= MOST_TOKENS] or [one]
+        best = self._best(self._pool, static, room, decode_seconds, True)
+        if best is None or (best.seconds or 0) > 0.97 * (eager.seconds or 0):
+            self.student.compiled = False
+            return None
+        return best
+
+    def _measure_sizes(self, sizes: Sequence[int], static: int, room: int) -> list[Measured]:
+        found: list[Measured] = []
+        for size in sorted(sizes):
+            if found and size * self.length > MOST_TOKENS:
+                break
+            try:
+                one = self._measure(size)
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                break
+            found.append(one)
+            if self.peak(one, static, 0, len(self.trained)) > room:
+                break
+        return found
+
+    def _measure(self, size: int) -> Measured:
+        student = self.student
+        before = torch.cuda.memory_allocated(self.device)
+        with _autocast(self.device):
+            calls, labels_BT = self._calls(size)
+            inputs = torch.cuda.memory_allocated(self.device) - before
+            kinds: dict[Any, Layer] = {}
+            layers: dict[int, Layer] = {}
+            for index in sorted(calls):
+                kind = (_kind(student.decoder.layers[index]), index in self.trained)
+                if kind not in kinds:
+                    kinds[kind] = self._measure_layer(index, *calls[index])
+                layers[index] = kinds[kind]
+            hidden = first_hidden(*calls[max(calls)][1:]).detach()
+            head, head_seconds = self._measure_head(hidden, labels_BT)
+        return Measured(size, layers, head, head_seconds, inputs, hidden.numel() * hidden.element_size())
+
+    def _calls(self, size: int) -> tuple[dict[int, Any], torch.Tensor]:
+        """What the model hands each of its layers for random tokens."""
+        student, vocab = self.student, self.student.decoder.model.get_input_embeddings().weight.shape[0]
+        ids_BT = torch.randint(0, vocab, (size, self.length), device=self.device)
+        student.record = {}
+        try:
+            with torch.no_grad():
+                student.states(ids_BT, self.inputs(size))
+            return student.record, ids_BT
+        finally:
+            student.record = None
+
+    def inputs(self, size: int) -> dict[str, torch.Tensor]:
+        """What a batch has beside its token ids."""
+        if self.positions_T is None:
+            return {}
+        return {"position_ids": self.positions_T.to(self.device).expand(size, -1)}
+
+    def _measure_layer(self, index: int, old: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layer:
+        student, trained = self.student, index in self.trained
+        # the first trained layer may do without a gradient of its input; the others cannot, and they are most
+        hidden = first_hidden(args, kwargs).detach().clone().requires_grad_(trained)
+        args, kwargs = with_hidden(args, kwargs, hidden)
+        run = functools.partial(student.run, index, old, *args, **kwargs)
+        found: dict[bool, tuple[int, int, float]] = {}
+        before = student.recomputed
+        try:
+            for again in (False, True) if trained else ():
+                student.recomputed = frozenset([index] if again else [])
+                self._there_and_back(run, hidden)  # warm, compiled
+                behind, back = self._there_and_back(run, hidden)
+                seconds = _timed(lambda: self._there_and_back(run, hidden), self.device)
+                found[again] = behind, back, seconds
+            student.recomputed = frozenset()
+            with torch.no_grad():
+                run()
+                forward = _timed(run, self.device)
+        finally:
+            student.recomputed = before
+        if not trained:
+            return Layer(0, 0, 0, 0, forward, forward, forward)
+        (kept, kept_back, kept_s), (again_, again_back, again_s) = found[False], found[True]
+        return Layer(kept, again_, kept_back, again_back, kept_s, max(again_s, kept_s), forward)
+
+    def _there_and_back(self, run: Callable[[], Any], hidden: torch.Tensor) -> tuple[int, int]:
+        before = torch.cuda.memory_allocated(self.device)
+        output = hidden_of(run())
+        behind = torch.cuda.memory_allocated(self.device) - before
+        slope = torch.empty_like(output)
+        between = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        output.backward(slope)
+        back = torch.cuda.max_memory_allocated(self.device) - between
+        hidden.grad = None
+        return behind, back
+
+    def _measure_head(self, hidden: torch.Tensor, labels_BT: torch.Tensor) -> tuple[int, float]:
+        student = self.student
+        teaching = student.teaching
+
+        def head() -> None:
+            state = hidden.clone().requires_grad_(True)
+            vocab = student.decoder.model.get_input_embeddings().weight.shape[0]
+            weight = teaching.weight if teaching else 0.0
+            next_token_loss(state, labels_BT, student.finish, vocab, hidden if teaching else None, weight)[0].backward()
+
+        head()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        head()
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        return peak, _timed(head, self.device)
+
+    def _decode_seconds(self) -> float:
+        """Seconds in which one layer's weights are decoded, the mean over layers."""
+        counted = [parts for _, parts in self.weights if parts]
+        if not counted:
+            return 0.0
+
+        def decode() -> None:
+            for part in counted[len(counted) // 2]:
+                part.decoded_weight()
+
+        decode()
+        return _timed(decode, self.device)
+
+    @contextlib.contextmanager
+    def _gradients(self) -> Iterator[None]:
+        """The adapters' gradients in place, so that a backward pass adds to them."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        try:
+            yield
+        finally:
+            for parameter in self.parameters:
+                parameter.grad = None
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _try(self, plan: Memory) -> Memory | None:
+        """Two micro-batches under the plan: its seconds a step, or None where it does not fit."""
+        student = self.student
+        apply_plan(student, plan, self.trained, [i for i, _ in self.weights])
+        vocab = student.decoder.model.get_input_embeddings().weight.shape[0]
+        ids_BT = torch.randint(0, vocab, (plan.micro_batch, self.length), device=self.device)
+        held = torch.empty(self.later, dtype=torch.uint8, device=self.device)
+        try:
+            for _ in range(2):
+                torch.cuda.synchronize(self.device)
+                started = time.perf_counter()
+                with _autocast(self.device):
+                    loss = student.loss(ids_BT, ids_BT, **self.inputs(plan.micro_batch))["loss"]
+                loss.backward()
+                torch.cuda.synchronize(self.device)
+                seconds = time.perf_counter() - started
+                del loss
+            return replace(plan, seconds=seconds * self.sequences / plan.micro_batch)
+        except torch.cuda.OutOfMemoryError:
+            return None
+        finally:
+            del held
+            torch.cuda.empty_cache()
+
+
+def trained_layers(student: Student) -> list[int]:
+    """Layers that the backward pass goes through: from the first one with an adapter on."""
+    decoder = student.decoder
+    with_adapter = [i for i in student.kept if any(p.requires_grad for p in decoder.layers[i].parameters())]
+    return [i for i in student.kept if with_adapter and i >= with_adapter[0]]
+
+
+def apply_plan(student: Student, plan: Memory, trained: Sequence[int], order: Sequence[int]) -> None:
+    """Set a student up as planned; weights that are decoded once stay so."""
+    student.compiled = plan.compiled
+    student.recomputed = frozenset(trained[: plan.recomputed])
+    for index in order[: plan.decoded]:
+        for part in four_bit_linears(student.decoder.layers[index]):
+            part.decode()
+
+
+def plan_on_cpu(student: Student, sizes: Sequence[int], most: int) -> Memory:
+    """On a CPU: few sequences at once, activations kept, and weights decoded where half of the free memory holds them."""
+    layers = len(student.decoder)
+    extra = sum(p.decoded_bytes for layer in student.decoder.layers for p in four_bit_linears(layer))
+    decoded = layers if extra < available_memory() // 2 else 0
+    return Memory(max([size for size in sizes if size <= most] or [min(sizes)]), 0, decoded)
+
+
+def context_bytes(device: torch.device) -> int:
+    """Bytes of the device that this process (or another one) takes for other than tensors."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
+def _kind(layer: torch.nn.Module) -> Any:
+    """What makes two layers cost the same: class, shapes of weights, kinds of attention."""
+    shapes = tuple(
+        (type(m).__name__, tuple(tuple(p.shape) for p in m.parameters(recurse=False)), getattr(m, "out_features", 0))
+        for m in layer.modules()
+    )
+    return shapes, getattr(layer, "attention_type", None), getattr(layer, "layer_type", None)
+
+
+def _autocast(device: torch.device) -> Any:
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def _timed(work: Callable[[], Any], device: torch.device, times: int = 3) -> float:
+    """Seconds of one call, the least of a few."""
+    found = []
+    for _ in range(times):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - started)
+    return min(found)
