@@ -5,7 +5,8 @@
 The plain script is what one writes with peft and bitsandbytes: NF4 with double quantisation, prepare_model_for_kbit_training
 with gradient checkpointing, LoRA on the MLP, transformers' Trainer in bf16, 16 sequences at once. Both train random weights of
 the shape on the same random sequences, so speed and memory are the real ones and the loss is not. `--curve N` also trains N steps
-with each, without dropout and from the same adapters, and compares the losses step by step.
+with each, without dropout and from the same adapters, and compares the losses step by step. `--ways` times the ways to heal a
+cut of a quarter of the layers.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ from layerprune.heal.linear import stand_in
 from layerprune.heal.memory import GIB, Planner, context_bytes
 from layerprune.heal.quantise import add_lora
 from layerprune.heal.settings import heal_settings
-from layerprune.heal.student import Student
+from layerprune.heal.student import Student, Teaching
 from layerprune.heal.targets import choose_targets, target_pattern
 from layerprune.heal.trainer import train
 from layerprune.model.decoder import view_decoder
+
+WAYS_PRETEND = 300
+"""Steps of the run that a way is planned for: compiled, and measured at one size."""
+BLOCK = (21, 29)
+"""Layers that are cut for `--ways`: those of Llama-2-7B at a quarter (arXiv 2403.17887)."""
 
 
 class Packed:
@@ -142,14 +148,39 @@ def plain_script(shape: str, packed: Packed, settings: Any, micro_batch: int) ->
     return measured(clock, settings)
 
 
-def ours(shape: str, packed: Packed, settings: Any, budget: int, separate: bool, pretend: int) -> dict[str, Any]:
+WAYS: dict[str, dict[str, Any]] = {
+    "all layers, MLP": {},
+    "after the cut": {"adapters": (BLOCK[0], 99)},
+    "window of 4": {"adapters": (BLOCK[0] - 4, BLOCK[0] + 4)},
+    "MLP and attention": {"targets": ["mlp", "attention"]},
+    "distilled, all layers": {"teaching": 0},
+    "distilled, after the cut": {"teaching": BLOCK[0], "adapters": (BLOCK[0], 99)},
+}
+"""Ways to heal a cut of BLOCK: layers with adapters, by their number in the cut model, and layers shared with the teacher."""
+
+
+def ours(
+    shape: str, packed: Packed, settings: Any, budget: int, separate: bool, pretend: int, way: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What `layerprune heal --memory` does with the same model, sequences and settings."""
+    teaching = None
+    if way is not None and "teaching" in way:
+        kept = tuple(i for i in range(SHAPES[shape]["num_hidden_layers"]) if not BLOCK[0] <= i < BLOCK[1])
+        teaching = Teaching(kept, 1.0, way["teaching"])
+    elif way is not None:
+        SHAPES["cut"] = {**SHAPES[shape], "num_hidden_layers": SHAPES[shape]["num_hidden_layers"] - BLOCK[1] + BLOCK[0]}
+        shape = "cut"
     model = four_bit_model(shape)
     decoder = view_decoder(model)
-    live = add_lora(model, target_pattern(decoder, choose_targets(decoder)), settings)
+    targets = choose_targets(decoder, (way or {}).get("targets", ()))
+    if way is not None:
+        low, high = way.get("adapters", (0, 99))
+        places = teaching.kept if teaching else tuple(range(len(decoder)))
+        targets = [t for t in targets if t.layer in places and low <= places.index(t.layer) < high]
+    live = add_lora(model, target_pattern(decoder, targets), settings)
     stand_in(live)
     live.train()
-    student = Student(decoder)
+    student = Student(decoder, teaching)
     clock = Clock()
     started = time.perf_counter()
     with student.installed():
@@ -242,6 +273,7 @@ def main() -> None:
     parser.add_argument("--no-plain", action="store_true")
     parser.add_argument("--curve", type=int, default=0, help="steps of the comparison of losses")
     parser.add_argument("--curve-budget", type=int, default=80)
+    parser.add_argument("--ways", action="store_true", help="time the ways to heal, at the curve's budget")
     parser.add_argument("--out")
     given = parser.parse_args()
     vocab = SHAPES[given.shape]["vocab_size"]
@@ -278,6 +310,12 @@ def main() -> None:
             traceback.print_exc()
             print(f"{budget} GiB: {type(error).__name__}: {error}", flush=True)
         free()
+    ways: dict[str, Any] = {}
+    for name, way in WAYS.items() if given.ways else ():
+        most = given.curve_budget * GIB
+        ways[name] = ours(given.shape, packed, settings(given.steps), most, given.documents > 1, WAYS_PRETEND, way)
+        print(name, json.dumps(ways[name]), flush=True)
+        free()
     curve: dict[str, Any] = {}
     if given.curve:
         same = Packed(16, given.length, vocab, 1)
@@ -299,7 +337,7 @@ def main() -> None:
     shape = {"shape": given.shape, "tokens a step": 16 * given.length, "LoRA": f"rank {given.lora_rank} on the MLP"}
     write_record(
         given.out, "cuda", {**shape, "documents a sequence": given.documents},
-        {"matrix TFLOP/s": round(rate / 1e12), "rows": rows, "curve": curve},
+        {"matrix TFLOP/s": round(rate / 1e12), "rows": rows, "ways": ways, "curve": curve},
     )  # fmt: skip
 
 

@@ -5,9 +5,9 @@
         --out benchmarks/heal_variants.json
 
 Cuts the model by angular distance at each fraction, and heals every cut in every way below, each from the same data in the
-same order. The held-out loss is measured during training (NF4 base, adapters on) on documents that no training sees; the loss
-of the merged checkpoint, at the end. `--jobs N` heals N at a time on one device (then the seconds are those of a shared
-one, and are compared by steps alone; `seconds` of a variant are of its training, without validation's share).
+same order. What the record at `--out` holds already, of the same settings, is not done again. The held-out loss is measured
+during training (NF4 base, adapters on) on documents that no training sees; the loss of the merged checkpoint, at the end.
+`--jobs N` heals N at a time on one device: then its seconds are those of a shared device.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def one(spec: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     seconds = time.perf_counter() - began
     documents = read_documents(spec["eval_data"], "validation", None)
-    tokens = tokenise(load_tokenizer(find_model(spec["cut"]).folder), documents, settings["length"], at_least=settings["length"])
+    tokens = tokenise(load_tokenizer(find_model(spec["cut"]).folder), documents, settings["length"], at_least=spec["at_least"])
     chosen = tokens[spec["skip"] : spec["skip"] + spec["samples"]]
     loss = normalised_loss(out, chosen, spec["device"])
     return {
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--validation-samples", type=int, default=64)
+    parser.add_argument("--at-least", type=int, help="tokens of a document that the final loss is measured on  [the length]")
     parser.add_argument("--variants", help="names, joined by ;  [all]")
     parser.add_argument("--device")
     parser.add_argument("--jobs", type=int, default=1)
@@ -118,10 +119,19 @@ def main() -> None:
         "steps": given.steps, "batch_size": given.batch_size, "length": given.length, "lora_rank": given.lora_rank,
         "learning_rate": given.learning_rate, "validation_samples": given.validation_samples,
     }  # fmt: skip
+    more: dict[str, Any] = {}
     documents = read_documents(given.eval_data, "validation", None)
-    tokens = tokenise(load_tokenizer(source.folder), documents, given.length, at_least=given.length)
+    tokens = tokenise(load_tokenizer(source.folder), documents, given.length, at_least=given.at_least or given.length)
     chosen = tokens[given.skip : given.skip + given.samples]
     found: dict[str, Any] = {}
+    before = {}
+    if given.out and Path(given.out).exists():
+        record = json.loads(Path(given.out).read_text())
+        if record["settings"] != settings:
+            raise SystemExit(f"{given.out} holds a record of other settings: {record['settings']}")
+        before = record["drops"]
+    if device.startswith("cuda") and given.jobs > 1:
+        more["memory"] = int(0.8 * torch.cuda.get_device_properties(0).total_memory / given.jobs)
     with tempfile.TemporaryDirectory() as made:
         whole = normalised_loss(source.folder, chosen, device)
         waiting: list[tuple[str, str, dict[str, Any]]] = []
@@ -133,15 +143,16 @@ def main() -> None:
                 "block": pruned["block"],
                 "n": drop_count(float(drop), layers),
                 "cut": round(normalised_loss(cut, chosen, device), 4),
-                "variants": {},
+                "variants": before.get(drop, {}).get("variants", {}),
             }
             for number, name in enumerate(names):
                 spec = {
-                    "cut": str(cut), "number": number, "variant": VARIANTS[name], "settings": settings, "data": given.data,
+                    "cut": str(cut), "number": number, "variant": VARIANTS[name], "settings": settings | more, "data": given.data,
                     "eval_data": given.eval_data, "device": device, "skip": given.skip, "samples": given.samples,
-                    "threads": threads,
+                    "threads": threads, "at_least": given.at_least or given.length,
                 }  # fmt: skip
-                waiting.append((drop, name, spec))
+                if name not in found[drop]["variants"]:
+                    waiting.append((drop, name, spec))
         running: dict[tuple[str, str], subprocess.Popen[str]] = {}
         while waiting or running:
             while waiting and len(running) < given.jobs:

@@ -35,6 +35,8 @@ MEASURE_WORTH = 1800.0
 """Seconds of training from which compiled layers are measured at every size."""
 SLACK = 1.03
 """Bytes that an allocator holds for a byte that is asked of it, at the peak."""
+MOST_CONTEXT = 3 * GIB // 2
+"""Bytes that CUDA and its libraries take of a device beside the tensors, at most."""
 OWN_SHARE = 0.92
 """Of the memory that is free, what is taken where no budget is given."""
 
@@ -409,9 +411,9 @@ def plan_on_cpu(student: Student, sizes: Sequence[int], most: int) -> Memory:
 
 
 def context_bytes(device: torch.device) -> int:
-    """Bytes of the device that this process (or another one) takes for other than tensors."""
+    """Bytes of the device that this process takes for other than tensors; more than `MOST_CONTEXT` are another process's."""
     free, total = torch.cuda.mem_get_info(device)
-    return total - free - torch.cuda.memory_reserved(device)
+    return min(MOST_CONTEXT, max(0, total - free - torch.cuda.memory_reserved(device)))
 
 
 def _kind(layer: torch.nn.Module) -> Any:

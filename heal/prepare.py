@@ -32,6 +32,8 @@ from layerprune.model.verify import meta_decoder
 
 Say = Callable[[str], None]
 _CPU_MICRO_BATCH = 4
+SHARDED_TOKENS = 4096
+"""Tokens at once on a GPU of a sharded model, whose plan is FSDP's own; `--micro-batch` says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ def plan_memory(made: Prepared, settings: Healing, device: str, budget: int | No
     sizes = divisors(share) if settings.micro_batch is None else [settings.micro_batch]
     student = made.student
     if is_sharded():
-        return Memory(min(sizes))
+        return Memory(max([size for size in sizes if size * settings.length <= SHARDED_TOKENS] or [min(sizes)]))
 
     def choose() -> Memory:
         if begun.exists():

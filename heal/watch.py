@@ -71,7 +71,7 @@ class Watch(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             # all of the device that this process took: tensors at their most, and what is there besides
-            self.peak = torch.cuda.max_memory_reserved() + max(0, context_bytes(torch.device("cuda", torch.cuda.current_device())))
+            self.peak = torch.cuda.max_memory_reserved() + context_bytes(torch.device("cuda", torch.cuda.current_device()))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(1)

@@ -74,6 +74,15 @@ def first_alone(work: Callable[[], Value], device: str) -> Value:
     return told[1]  # type: ignore[no-any-return]
 
 
+def leave() -> None:
+    """Disconnect from the other processes, at the end."""
+    if world_size() > 1:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def agreed(choice: bool) -> bool:
     """What the first process chooses, where each would go by its own clock."""
     if world_size() == 1:

@@ -281,13 +281,14 @@ def heal(
     Under `accelerate launch -m layerprune heal ...` on as many GPUs as that starts processes.
     """
     from layerprune.heal.train import format_healing, heal_checkpoint
-    from layerprune.heal.world import is_first
+    from layerprune.heal.world import is_first, leave
     from layerprune.steps import default_folder
 
     folder = default_folder(out, options["model"], "healed")
     result = heal_checkpoint(
         out=folder, data=heal_data, targets=_split(targets), report_to=_split(report_to) or (), progress=is_first(), **options
     )
+    leave()
     if is_first():
         _print(result, as_json, lambda: format_healing(result, str(folder)))
 
