@@ -6,7 +6,7 @@ The plain script is what one writes with peft and bitsandbytes: NF4 with double 
 with gradient checkpointing, LoRA on the MLP, transformers' Trainer in bf16, 16 sequences at once. Both train random weights of
 the shape on the same random sequences, so speed and memory are the real ones and the loss is not. `--curve N` also trains N steps
 with each, without dropout and from the same adapters, and compares the losses step by step. `--ways` times the ways to heal a
-cut of a quarter of the layers.
+cut of a quarter of the layers. Rows of the record at `--out` stay, but those that are measured again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from rank_speed import SHAPES, random_model
-from record import write_record
+from record import commit, write_record
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from layerprune.heal.linear import stand_in
@@ -288,10 +288,11 @@ def main() -> None:
     rate = matrix_rate()
     flops = useful_flops(given.shape, given.length, given.lora_rank)
     packed = Packed(16 * given.steps, given.length, vocab, given.documents)
-    rows: dict[str, Any] = {}
+    rows: dict[str, Any] = json.loads(Path(given.out).read_text())["rows"] if given.out and Path(given.out).exists() else {}
 
     def show(name: str, row: dict[str, Any]) -> None:
         row["share of the matrix rate"] = round(row["tokens/s"] * flops / rate, 3)
+        row["commit"] = commit()
         rows[name] = row
         print(name, json.dumps(row), flush=True)
         if given.out:

@@ -37,6 +37,8 @@ SLACK = 1.03
 """Bytes that an allocator holds for a byte that is asked of it, at the peak."""
 MOST_CONTEXT = 3 * GIB // 2
 """Bytes that CUDA and its libraries take of a device beside the tensors, at most."""
+HEADROOM = 0.97
+"""Of the room for tensors, what a plan may take in its trial; the rest is for what training does differently."""
 OWN_SHARE = 0.92
 """Of the memory that is free, what is taken where no budget is given."""
 
@@ -120,7 +122,21 @@ class Planner:
 
     def choose(self, sizes: Sequence[int], budget: int | None, say: Callable[[str], None]) -> Memory:
         """The fastest plan within `budget` bytes of the device, None for most of what is free. Raises Refused for none."""
-        room, context = self.room(budget)
+        most, context = self.room(budget)
+        room = int(most * HEADROOM)
+        self._allow(room)
+        try:
+            plan = self._choose(sizes, room, say)
+        finally:
+            self._allow(most)
+        if plan is not None:
+            return replace(plan, estimate=(plan.estimate or 0) + context)
+        raise Refused(
+            f"healing does not fit in {(most + context) / GIB:.1f} GiB with sequences of {self.length} tokens: use a smaller "
+            "--length, a smaller --lora-rank or more --memory"
+        )
+
+    def _choose(self, sizes: Sequence[int], room: int, say: Callable[[str], None]) -> Memory | None:
         with self._gradients():
             static = torch.cuda.memory_allocated(self.device) + self.later
             decode_seconds = self._decode_seconds()
@@ -132,21 +148,22 @@ class Planner:
             while best is not None:
                 tried = self._try(best)
                 if tried is not None:
-                    return replace(tried, estimate=int((best.estimate or 0) + context))
+                    return tried
                 # weights that were decoded for the trial stay so
                 room = int(room * 0.95)
                 best = self._best(pool, static, room, decode_seconds, best.compiled, best.decoded)
-        least = f"{(static + context) / GIB:.1f} GiB are taken before the first sequence"
-        raise Refused(
-            f"healing does not fit in {(budget or room + context) / GIB:.1f} GiB with sequences of {self.length} tokens ({least}): "
-            "use a smaller --length, a smaller --lora-rank or more --memory"
-        )
+        return None
+
+    def _allow(self, room: int) -> None:
+        """Let tensors take `room` bytes of the device and no more."""
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(room, 1) / total), self.device)
 
     def room(self, budget: int | None) -> tuple[int, int]:
         """(bytes that tensors may take, bytes of the device that are taken by other than tensors)."""
         gc.collect()
         torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self.device)
+        free, _ = torch.cuda.mem_get_info(self.device)
         reserved = torch.cuda.memory_reserved(self.device)
         if budget is None:
             room = int((free + reserved) * OWN_SHARE)
@@ -154,7 +171,6 @@ class Planner:
         else:
             context = context_bytes(self.device)
             room = min(budget - context, free + reserved)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(room, 1) / total), self.device)
         return room, context
 
     def _best(
@@ -362,12 +378,14 @@ class Planner:
             torch.cuda.empty_cache()
 
     def _try(self, plan: Memory) -> Memory | None:
-        """Two micro-batches under the plan: its seconds a step, or None where it does not fit."""
+        """Two micro-batches under the plan: what they took, in bytes and seconds a step; None where it does not fit."""
         student = self.student
         apply_plan(student, plan, self.trained, [i for i, _ in self.weights])
         vocab = student.decoder.model.get_input_embeddings().weight.shape[0]
         ids_BT = torch.randint(0, vocab, (plan.micro_batch, self.length), device=self.device)
         held = torch.empty(self.later, dtype=torch.uint8, device=self.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
         try:
             for _ in range(2):
                 torch.cuda.synchronize(self.device)
@@ -378,7 +396,8 @@ class Planner:
                 torch.cuda.synchronize(self.device)
                 seconds = time.perf_counter() - started
                 del loss
-            return replace(plan, seconds=seconds * self.sequences / plan.micro_batch)
+            took = torch.cuda.max_memory_reserved(self.device)
+            return replace(plan, estimate=took, seconds=seconds * self.sequences / plan.micro_batch)
         except torch.cuda.OutOfMemoryError:
             return None
         finally:

@@ -59,6 +59,7 @@ class Watch(TrainerCallback):
         from tqdm import tqdm
 
         self.started = self.saved = time.perf_counter()
+        _make_moments(kwargs.get("optimizer"))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="heal", unit="step", disable=not self.progress)
@@ -136,6 +137,21 @@ class Watch(TrainerCallback):
         if newest_checkpoint(self.work) is None:
             return ""
         return f"; the last good state stays in {self.work}, remove that folder to begin anew with other settings"
+
+
+def _make_moments(optimizer: Any) -> None:
+    """Adam's moments before the first activations: made after them, they would lie scattered in the room that those leave."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, torch.optim.AdamW):
+        return
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if parameter.device.type == "cuda" and not inner.state[parameter] and group["fused"] and not group["amsgrad"]:
+                inner.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
 
 
 def duration(seconds: float) -> str:
