@@ -36,6 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bridge (map), then all layers": {"bridge": "map"},
     "bridge (projection), then all layers": {"bridge": "projection"},
     "merged into NF4": {"merge": "nf4"},
+    "bridge (projection), MLP and attention": {"bridge": "projection", "targets": ["mlp", "attention"]},
+    "bridge (projection), window of 4": {"bridge": "projection", "adapters": "window:4"},
 }
 
 
@@ -64,7 +66,7 @@ def one(spec: dict[str, Any]) -> dict[str, Any]:
     loss = normalised_loss(out, chosen, spec["device"])
     return {
         "loss": round(loss, 4),
-        "held out": healing.get("held_out", []),
+        "held out": healing["held_out"] if "losses" in healing else [],
         "tokens": healing.get("tokens", 0),
         "trained": healing.get("trainable", 0),
         "seconds": healing["seconds"]["train"] if "losses" in healing else round(seconds, 1),

@@ -48,6 +48,8 @@ from layerprune.model.source import ModelSource, find_model
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
 Say = Callable[[str], None]
+_MEASURED = 32
+"""Of the validation documents, all of which training leaves out, those that the loss is measured on while it runs."""
 _NOT_CARRIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 _RESULTS = {"layerprune.json", "README.md", "eval.json", "rank.json", "curve.json", "manifest.json"}
 
@@ -389,7 +391,7 @@ class Job:
         check_token_id(int(packed.ids_NT.max()), vocab)
         if packed.epochs > 1:
             say(f"the data is shorter than {settings.tokens:,} tokens: it is gone through {packed.epochs} times")
-        validation = [tokenizer(text, verbose=False)["input_ids"][: settings.length] for text in held]
+        validation = [tokenizer(text, verbose=False)["input_ids"][: settings.length] for text in held[:_MEASURED]]
         validation = [ids for ids in validation if len(ids) > 1]
         made = prepare(
             self.source, settings, _kept(self.source), self.teacher, self.device, self.spread, self.trust, say, self.progress

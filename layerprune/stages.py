@@ -124,7 +124,8 @@ class Stages:
             work=work,
             report=self.say,
             progress=self.progress,
-            **setup.heal_options,
+            # the documents that the result is measured on: training leaves them out
+            **{"validation": setup.evaluation.data, "validation_samples": setup.evaluation.samples, **setup.heal_options},
         )
 
     def ready(self) -> tuple[Any, Any]:

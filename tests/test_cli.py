@@ -16,23 +16,30 @@ from layerprune.cli import main
 COMMON = {"--model", "--length", "--seed", "--device", "--trust-remote-code", "--out", "--json", "-v", "--verbose", "-h", "--help"}
 DATA = {"--samples", "--dtype"}
 TASKS = {"--tasks", "--num-fewshot", "--limit", "--task-folder", "--batch-size"}
+HEAL = {"--heal-steps", "--heal-tokens", "--heal-with"}
 FLAGS = {
     "run": COMMON
     | DATA
     | TASKS
-    | {"--drop", "--strategy", "--calibration", "--heal-data", "--eval-data", "--heal-steps", "--no-heal", "--curve"}
+    | {"--drop", "--strategy", "--calibration", "--heal-data", "--eval-data", "--no-heal", "--curve"}
+    | HEAL
     | {"--verify", "--no-verify", "--keep"},
     "sweep": COMMON
     | DATA
     | TASKS
-    | {"--strategy", "--drops", "--heal", "--keep", "--calibration", "--heal-data", "--eval-data", "--heal-steps"},
-    "find": COMMON | DATA | TASKS | {"--strategy", "--keep", "--calibration", "--heal-data", "--eval-data", "--heal-steps"},
+    | HEAL
+    | {"--strategy", "--drops", "--heal", "--keep", "--calibration", "--heal-data", "--eval-data"}
+    | {"--workers", "--launcher", "--launcher-args"},
+    "find": COMMON | DATA | TASKS | HEAL | {"--strategy", "--keep", "--calibration", "--heal-data", "--eval-data"},
     "compare": {"--out", "--json", "-v", "--verbose", "-h", "--help"},
     "rank": COMMON | DATA | {"--calibration"},
     "prune": COMMON
     | DATA
     | {"--drop", "--layers", "--strategy", "--ranking", "--calibration", "--dry-run", "--verify", "--no-verify"},
-    "heal": COMMON | {"--heal-data", "--heal-steps", "--learning-rate", "--lora-rank", "--batch-size", "--micro-batch"},
+    "heal": COMMON
+    | {"--heal-data", "--heal-steps", "--heal-tokens", "--learning-rate", "--lora-rank", "--dropout", "--warmup-steps"}
+    | {"--batch-size", "--micro-batch", "--memory", "--targets", "--adapters", "--distil", "--bridge", "--teacher"}
+    | {"--packing", "--validation", "--merge", "--report-to"},
     "eval": COMMON | DATA | TASKS | {"--eval-data", "--no-loss"},
     "recipes": {"--json", "-h", "--help"},
     "check": {"--drop", "--device", "--json", "-h", "--help"},
