@@ -95,8 +95,9 @@ class _NextToken(torch.autograd.Function):
                 (found,) = torch.autograd.grad(logits, part, slope_NV.view_as(logits).to(logits.dtype))
                 pieces.take(grad, at).copy_(found)
         ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(total[1])
-        return total[0].float(), total[1].float()
+        loss, nats = total[0].float(), total[1].float()
+        ctx.mark_non_differentiable(nats)
+        return loss, nats
 
     @staticmethod
     def backward(ctx: Any, by_loss: torch.Tensor, by_nats: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]

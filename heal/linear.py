@@ -86,8 +86,7 @@ class FourBitLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(self.dtype)
         if self.decoded is not None:
             return F.linear(x, self.decoded, bias).to(given)
-        y = torch.ops.layerprune.four_bit_linear(x, *self._packed(), *self._meta())
-        return (y if bias is None else y + bias).to(given)
+        return torch.ops.layerprune.four_bit_linear(x, bias, *self._packed(), *self._meta()).to(given)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {'packed' if self.decoded is None else 'decoded'} {self.kind}"
@@ -173,31 +172,34 @@ def _decode(
 
 @functools.cache
 def _register() -> None:
-    """x W^T as an operator of its own, forward and back; registered when it is first needed, as bitsandbytes is loaded late."""
+    """x W^T + bias as an operator, forward and back; registered when it is first needed, as bitsandbytes is loaded late."""
     import bitsandbytes  # noqa: F401 (registers its operators)
 
-    signature = (
-        "(Tensor x, Tensor packed, Tensor absmax, Tensor? offset, Tensor? scale_absmax, Tensor? scale_code, int blocksize, "
-        "int scale_blocksize, str kind, int rows, int columns, ScalarType dtype) -> Tensor"
+    weight = (
+        "Tensor packed, Tensor absmax, Tensor? offset, Tensor? scale_absmax, Tensor? scale_code, int blocksize, "
+        "int scale_blocksize, str kind, int rows, int columns, ScalarType dtype"
     )
 
-    def forward(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return F.linear(x, _decode(*rest))
+    def forward(x: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+        return F.linear(x, _decode(*rest), bias)  # rounded once, with the bias
 
-    def backward(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return torch.matmul(x, _decode(*rest))
+    def backward(grad: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return torch.matmul(grad, _decode(*rest))
 
     made = {}
-    for name, run, width in (("four_bit_linear", forward, -3), ("four_bit_linear_back", backward, -2)):
-        op = torch.library.custom_op(f"layerprune::{name}", run, mutates_args=(), schema=signature)
+    for name, run, given, width in (
+        ("four_bit_linear", forward, "Tensor x, Tensor? bias", -3),
+        ("four_bit_linear_back", backward, "Tensor grad", -2),
+    ):
+        op = torch.library.custom_op(f"layerprune::{name}", run, mutates_args=(), schema=f"({given}, {weight}) -> Tensor")
         op.register_fake(lambda x, *rest, _width=width: x.new_empty((*x.shape[:-1], rest[_width])))
         made[name] = op
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:6])
-        ctx.rest = inputs[6:]
+        ctx.save_for_backward(*inputs[2:7])
+        ctx.rest = inputs[7:]
 
     def differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return made["four_bit_linear_back"](grad.contiguous(), *ctx.saved_tensors, *ctx.rest), *[None] * 11
+        return made["four_bit_linear_back"](grad.contiguous(), *ctx.saved_tensors, *ctx.rest), *[None] * 12
 
     made["four_bit_linear"].register_autograd(differentiate, setup_context=remember)

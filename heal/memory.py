@@ -144,9 +144,17 @@ class Planner:
             best = self._best(measured, static, room, decode_seconds)
             if best is not None and (best.seconds or 0) * self.steps > COMPILE_WORTH:
                 best = self._compiled(best, sizes, static, room, decode_seconds, say) or best
+            eager = self._best(measured, static, room, decode_seconds)
             pool = self._pool if best is not None and best.compiled else measured
             while best is not None:
-                tried = self._try(best)
+                try:
+                    tried = self._try(best)
+                except Exception as error:  # a compiler that trips over a whole pass: the layers run as they are
+                    if not best.compiled:
+                        raise
+                    say(f"the layers are not compiled ({type(error).__name__})")
+                    best, pool = eager, measured
+                    continue
                 if tried is not None:
                     return tried
                 # weights that were decoded for the trial stay so

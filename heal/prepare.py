@@ -75,7 +75,8 @@ def prepare(
     compute = compute_dtype(device)
     with quiet_warnings():
         keep = unquantised(meta_decoder(folder, trust).model, device.partition(":")[0])
-        live = load_quantised(folder, None if spread else device, compute, keep, trust, progress, sharded)
+        wide = spread and not _fits_one(folder, len(keep))
+        live = load_quantised(folder, None if wide else device, compute, keep, trust, progress, sharded)
         decoder = view_decoder(live)
         extra = probe_forward(decoder)
         chosen = choose_targets(decoder, settings.targets)
@@ -114,6 +115,17 @@ def prepare(
         say("this model's attention does not keep the documents of a sequence apart: they see one another")
     leaves = sorted({own.inside for _, own in places})
     return Prepared(live, student, where, quantised, renamed, own_pattern, leaves, compute, separate)
+
+
+def _fits_one(folder: Path, kept: int) -> bool:
+    """Whether the model in NF4 leaves a third of the first GPU to what is trained and computed; true without several GPUs."""
+    if torch.cuda.device_count() < 2:
+        return True
+    numbers = [t.numel for t in read_checkpoint(folder).values()]
+    # the largest tensors outside the layers, embedding and head, stay in two bytes
+    outside = sum(sorted(numbers)[-2:]) if kept else 0
+    need = 0.52 * (sum(numbers) - outside) + 2 * outside
+    return bool(need < 0.66 * torch.cuda.get_device_properties(0).total_memory)
 
 
 def adapter_range(settings: Healing, kept: Kept | None, layers: int) -> tuple[int, int]:
@@ -222,7 +234,11 @@ def plan_memory(made: Prepared, settings: Healing, device: str, budget: int | No
             before = read_json(begun)
             if settings.micro_batch in (None, before["micro_batch"]) and before["budget"] == budget:
                 return Memory(**{key: value for key, value in before.items() if key != "budget"})
-        if device.startswith("cpu"):
+        if len({p.device for p in student.decoder.model.parameters()}) > 1:
+            # spread over GPUs as it does not fit on one: the least that it can take
+            fitting = [size for size in sizes if size * settings.length <= SHARDED_TOKENS] or [min(sizes)]
+            plan = Memory(max(fitting), len(trained_layers(student)))
+        elif device.startswith("cpu"):
             plan = plan_on_cpu(student, sizes, _CPU_MICRO_BATCH if settings.micro_batch is None else settings.micro_batch)
         else:
             planner = Planner(student, settings.length, settings.steps, share, positions, world)

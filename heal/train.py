@@ -396,7 +396,8 @@ class Job:
         made = prepare(
             self.source, settings, _kept(self.source), self.teacher, self.device, self.spread, self.trust, say, self.progress
         )
-        positions = torch.from_numpy(packed.positions(0)) if made.separate else None
+        several = int(packed.starts_NT[:64].sum(axis=1).argmax())
+        positions = torch.from_numpy(packed.positions(several)) if made.separate else None
         memory = plan_memory(made, settings, self.device, self.budget, positions, work, say)
         say(
             f"{made.trainable:,} trainable parameters in {len(made.where)} linear layers ({', '.join(made.leaves)}); NF4 base, "
@@ -453,10 +454,8 @@ class Job:
                 packing="truncate" if chosen.packing == "truncate" else "documents", exclude=frozenset(map(document_hash, held)),
             )  # fmt: skip
 
-        if rank() == 0:
-            return first_alone(make, self.device)
-        first_alone(make, self.device)
-        return make()  # reads what the first one wrote
+        first_alone(lambda: make() and None, self.device)
+        return make()  # reads what the first process wrote
 
     def finish(self) -> dict[str, Any]:
         """Merge, prove, publish; returns the record."""

@@ -31,10 +31,13 @@ _VALIDATION_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 class Sequences(torch.utils.data.Dataset):
-    """Packed sequences as a causal model's training items. separate: with positions that restart at each document."""
+    """Packed sequences as a causal model's training items. separate: with positions that restart at each document.
 
-    def __init__(self, packed: Packed, separate: bool) -> None:
-        self.packed, self.separate = packed, separate
+    extra: constant inputs, such as token_type_ids, where the model itself is trained and not a `Student`.
+    """
+
+    def __init__(self, packed: Packed, separate: bool, extra: Mapping[str, int]) -> None:
+        self.packed, self.separate, self.extra = packed, separate, extra
 
     def __len__(self) -> int:
         return len(self.packed.ids_NT)
@@ -42,6 +45,7 @@ class Sequences(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         ids_T = torch.from_numpy(self.packed.ids_NT[index].astype("int64"))
         item = {"input_ids": ids_T, "labels": torch.from_numpy(self.packed.labels(index))}
+        item |= {key: torch.full_like(ids_T, value) for key, value in self.extra.items()}
         return {**item, "position_ids": torch.from_numpy(self.packed.positions(index))} if self.separate else item
 
 
@@ -76,8 +80,9 @@ def train(
     validate = (lambda: _normalised(student, validation, vocab, device)) if validation and not sharded else None
     watch = Watch(work, every, settings.batch_size * settings.length, say, progress, validate, settings.steps)
     arguments = _arguments(settings, work, device, micro_batch, every, report_to)
+    items = Sequences(packed, separate, student.extra if sharded else {})
     with nullcontext() if sharded else student.installed(model):
-        trainer = Trainer(model=model, args=arguments, train_dataset=Sequences(packed, separate), callbacks=[watch])
+        trainer = Trainer(model=model, args=arguments, train_dataset=items, callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
         # the loss is over all tokens of a step, on every device: `Student.loss` takes their number
         trainer.model_accepts_loss_kwargs = True
@@ -152,10 +157,11 @@ def _normalised(student: Student, sequences: Sequence[Sequence[int]], vocab: int
     """Loss / ln V of held-out documents, without dropout; every process takes its share of them."""
     kind = device.partition(":")[0]
     model = student.decoder.model
-    training = model.training
+    training, compiled = model.training, student.compiled
     nats, tokens = 0.0, 0.0
     mine = sequences[rank() :: world_size()]
     model.eval()
+    student.compiled = False  # documents have many lengths, and each would be compiled
     try:
         for batch in batches(mine, _VALIDATION_TOKENS.get(kind, 2048)):
             ids_BT = batch.ids_BT.to(student.decoder.device)
@@ -165,6 +171,7 @@ def _normalised(student: Student, sequences: Sequence[Sequence[int]], vocab: int
             tokens += float((labels_BT[:, 1:] != IGNORED).sum())
     finally:
         model.train(training)
+        student.compiled = compiled
     nats, tokens = summed([nats, tokens], local_device(kind))
     return nats / tokens / math.log(vocab)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from layerprune.model.errors import LayerpruneError, Refused
@@ -43,7 +44,8 @@ def join(device: str) -> None:
     if world_size() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=device == "cpu").wait_for_everyone()
+        # the first process may tokenise for hours while the others wait
+        PartialState(cpu=device == "cpu", timeout=timedelta(days=1)).wait_for_everyone()
 
 
 def first_alone(work: Callable[[], Value], device: str) -> Value:

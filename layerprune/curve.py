@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,12 +154,40 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return [{**r, "items": known[r["strategy"], r["n"], r["healed"]]} for r in rows]
 
 
+def healings(folder: Path, curve: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The healed checkpoints that lie in a folder of a run, sweep or search, by strategy and depth.
+
+    Each has what its layerprune.json says of the cut and its healing (`strategy`, `n`, `kept`, `healing`, `bridge`; the last
+    two {} where there is none), and the normalised losses of the `whole` model, its `cut` before and after (`healed`), None
+    where the curve does not know them.
+    """
+    losses = {(r["strategy"] if r["n"] else "", r["n"], r["healed"]): r["loss"] for r in curve["rows"]}
+    found = []
+    for path in [folder / "healed", *folder.glob("heal/*/healed")]:
+        record = read_json(path / "layerprune.json") if (path / "layerprune.json").exists() else {}
+        about = {key: record.get(key) or {} for key in ("healing", "bridge")}
+        if "kept" not in record or not any(about.values()):
+            continue
+        n, strategy = curve["layers"] - len(record["kept"]), record["strategy"]
+        known = {"whole": ("", 0, False), "cut": (strategy, n, False), "healed": (strategy, n, True)}
+        measured = {key: losses.get(place) for key, place in known.items()}
+        found.append({"strategy": strategy, "n": n, "kept": record["kept"], **about, **measured})
+    return sorted(found, key=lambda one: (one["strategy"], one["n"]))
+
+
+def against_tokens(healing: Mapping[str, Any], entries: Iterable[Sequence[Any]]) -> list[tuple[float, float]]:
+    """Entries [step, value] of a healing's record as (tokens trained until then, value); what is no finite number is left out."""
+    each = healing["tokens"] / max(1, healing["steps"])
+    return [(step * each, value) for step, value in entries if isinstance(value, int | float) and math.isfinite(value)]
+
+
 def draw_curve(folder: Path, curve: Mapping[str, Any], ranking: dict[str, Any] | None) -> list[str]:
-    """Draw a folder's curve with its collapse, and its ranking; returns the files' names in the folder."""
+    """Draw a folder's curve with its collapse, its ranking and its healings; returns the files' names in the folder."""
     from layerprune.distances import plot_distances
-    from layerprune.plots import plot_curves
+    from layerprune.plots import plot_curves, plot_healing
 
     files = plot_curves(dict(curve), folder / "figures", curve["model"], read_json(folder / "collapse.json"))
+    files += plot_healing(healings(folder, curve), folder / "figures", curve["model"])
     if ranking is not None:
         files += plot_distances(ranking, folder / "figures", curve["model"])
     return [str(file.relative_to(folder)) for file in files]

@@ -73,6 +73,27 @@ def number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def short(count: float) -> str:
+    """A count in words of an axis: 500, 20 k, 1.5 M, 2 B."""
+    size, unit = next(((s, u) for s, u in ((1e9, " B"), (1e6, " M"), (1e3, " k")) if count >= s), (1, ""))
+    return f"{count / size:.4g}{unit}"
+
+
+def shares(depths: Sequence[int]) -> dict[int, float]:
+    """How strong the colour of each depth is among those drawn together: the deepest one's is full."""
+    order = sorted(set(depths))
+    return {n: 1 - 0.6 * (len(order) - 1 - i) / max(1, len(order) - 1) for i, n in enumerate(order)}
+
+
+def spread_apart(places: Sequence[float], gap: float) -> list[float]:
+    """Places at least `gap` apart, in the same order, moved up from those given no further than that needs."""
+    found = list(places)
+    taken = -math.inf
+    for i in sorted(range(len(found)), key=lambda i: found[i]):
+        taken = found[i] = max(found[i], taken + gap)
+    return found
+
+
 def grid(count: int, title: str) -> tuple[Any, list[Any], Any]:
     """A figure of `count` panels: the figure, its panels, and an empty place for the legend, None where there is none."""
     columns = count if count <= 3 else 2 if count == 4 else 3

@@ -1,4 +1,4 @@
-"""The curves of one model: accuracy and loss against the fraction of layers dropped, and where they collapse."""
+"""The curves of one model: accuracy and loss against the fraction of layers dropped, where they collapse, and its healing."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerprune.curve import CONFIDENCE, series
+from layerprune.curve import CONFIDENCE, against_tokens, series
 from layerprune.figures import (
     BLUE,
     CROWDED,
     GREY,
+    LOSS_TOP,
     VERMILLION,
     chance_lines,
     fraction_axis,
@@ -21,6 +22,9 @@ from layerprune.figures import (
     loss_panel,
     number,
     save,
+    shares,
+    short,
+    spread_apart,
     task_panel,
 )
 
@@ -200,3 +204,90 @@ def _loss_panel(axes: Any, lines: Mapping[str, Sequence[Mapping[str, Any]]], fou
     loss_panel(axes, number(whole.get("loss")) if whole["n"] == 0 else None, drawn)
     if rises:
         axes.plot([], [], color=GREY, lw=9, alpha=0.3, solid_capstyle="butt", label="sharpest rise of the loss")
+
+
+def plot_healing(found: Sequence[Mapping[str, Any]], folder: str | Path, model: str = "") -> list[Path]:
+    """Draw the healings of a model, one line each: the training loss and the held-out loss against the tokens trained.
+
+    found: as `layerprune.curve.healings` gives them. Where the held-out loss was measured it has a panel of its own, with the
+    normalised losses of the whole model and of each cut before its healing as horizontal lines.
+
+    Writes healing as PNG and SVG; returns the files, none where nothing was trained.
+    """
+    drawn = [one for one in found if (one["healing"].get("losses") or {}).get("curve")]
+    if not drawn:
+        return []
+    held = [one for one in drawn if one["healing"].get("held_out")]
+    with look():
+        figure, panels, hole = grid(1 + bool(held), f"Healing{', ' + model if model else ''}")
+        _trained_panel(panels[0], drawn)
+        if held:
+            _held_out_panel(panels[1], drawn, held)
+        legend(figure, panels, hole)
+        return save(figure, Path(folder), "healing")
+
+
+def _healing_style(one: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The colour and marker of a healing's strategy, the deeper the stronger, and its name."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    style, share = _SERIES[one["strategy"] + " healed"], shares([other["n"] for other in among])[one["n"]]
+    colour = to_hex([1 - share * (1 - part) for part in to_rgb(style["color"])])
+    label = f"{style['label'].removesuffix(', healed')}, n = {one['n']}"
+    return {"color": colour, "marker": style["marker"], "label": label}
+
+
+def _trained_panel(axes: Any, drawn: Sequence[Mapping[str, Any]]) -> None:
+    for one in drawn:
+        style = {**_healing_style(one, drawn), "marker": ""}
+        points = against_tokens(one["healing"], one["healing"]["losses"]["curve"])
+        axes.plot(*zip(*points, strict=True), lw=0.9, gid="trained", **style)
+    axes.set(title="training loss", ylabel="nats per token")
+    _token_axis(axes, drawn)
+
+
+def _held_out_panel(axes: Any, drawn: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> None:
+    """The held-out loss; what lies above LOSS_TOP is cut off, as in `loss_panel`."""
+    ends, seen = [], []
+    for one in held:
+        style, points = _healing_style(one, drawn), against_tokens(one["healing"], one["healing"]["held_out"])
+        axes.plot(*zip(*points, strict=True), lw=1.3, ms=4, gid="held-out", **style)
+        ends.append((one["n"], points[-1], _SERIES[one["strategy"] + " healed"]["color"]))
+        seen += [y for _, y in points]
+        before = number(one["cut"])
+        if before is not None:
+            axes.axhline(before, color=style["color"], ls=(0, (1, 1.5)), lw=1.1, zorder=1.5, gid="before")
+            seen.append(before)
+    if any(number(one["cut"]) is not None for one in held):
+        axes.plot([], [], color=GREY, ls=(0, (1, 1.5)), lw=1.1, label="the cut before healing")
+    whole = number(held[0]["whole"])
+    if whole is not None:
+        axes.axhline(whole, color=GREY, ls="--", lw=1.1, zorder=1.5, label="whole model", gid="whole")
+        seen.append(whole)
+    top = max(LOSS_TOP, 1.2 * (whole or 0.0))
+    low, high = min(seen), min(top, max(seen))
+    room = max(0.06 * (high - low), 0.005)
+    axes.set_ylim(low - room, high + room)
+    if max(seen) > top:
+        above = f"a loss lies above {top:.3g} (largest {max(seen):.3g})"
+        axes.plot(0.03, 0.97, "^", transform=axes.transAxes, color="white", mec="black", mew=0.5, ms=6, label=above, gid="above")
+    axes.set(title="held-out loss, while training", ylabel="normalised loss (nats per token / ln V)")
+    _token_axis(axes, held)
+    if len(ends) > 1:
+        most = max(x for _, (x, _), _ in ends)
+        axes.set_xlim(right=1.15 * most)
+        low, high = axes.get_ylim()
+        places = spread_apart([y for _, (_, y), _ in ends], 0.05 * (high - low))
+        for (n, (x, _), colour), y in zip(ends, places, strict=True):
+            axes.annotate(str(n), (x, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=colour, gid="n")
+
+
+def _token_axis(axes: Any, drawn: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlabel("tokens trained")
+    axes.set_xlim(left=-0.02 * max(one["healing"]["tokens"] for one in drawn))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short(count)))
+    axes.grid(axis="y", color="#e5e5e5", lw=0.7)
+    axes.set_axisbelow(True)

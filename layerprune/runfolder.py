@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from layerprune.heal.world import world_size
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import locked, made_folder, must_not_exist, no_space_refusal, read_json, write_json
 
@@ -77,6 +78,10 @@ def open_run(path: Path, inputs: dict[str, Any], given: dict[str, Any] | None = 
     given: what a new manifest says of the inputs beside what decides whether they are the same.
     Raises UsageError for a folder that holds something else, and for a run with other inputs (it names them).
     """
+    if world_size() > 1:
+        raise UsageError(
+            f"{world_size()} processes were started together, and only `layerprune heal` is made for that: start this command alone"
+        )
     manifest_path = path / MANIFEST
     # what a process killed before its first manifest leaves (.lock, partial files) is nobody's result
     try:
