@@ -175,10 +175,19 @@ def healings(folder: Path, curve: Mapping[str, Any]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: (one["strategy"], one["n"]))
 
 
-def against_tokens(healing: Mapping[str, Any], entries: Iterable[Sequence[Any]]) -> list[tuple[float, float]]:
-    """Entries [step, value] of a healing's record as (tokens trained until then, value); what is no finite number is left out."""
-    each = healing["tokens"] / max(1, healing["steps"])
-    return [(step * each, value) for step, value in entries if isinstance(value, int | float) and math.isfinite(value)]
+def trained_losses(one: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """(tokens trained, training loss in nats per token) of one of `healings`."""
+    return _against_tokens(one["healing"], (one["healing"].get("losses") or {}).get("curve"))
+
+
+def held_out_losses(one: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """(tokens trained, normalised loss on held-out documents) of one of `healings`, as it was measured during training."""
+    return _against_tokens(one["healing"], one["healing"].get("held_out"))
+
+
+def _against_tokens(healing: Mapping[str, Any], entries: Sequence[Sequence[Any]] | None) -> list[tuple[float, float]]:
+    known = [(step, value) for step, value in entries or [] if isinstance(value, int | float) and math.isfinite(value)]
+    return [(step * healing["tokens"] / max(1, healing["steps"]), value) for step, value in known]
 
 
 def draw_curve(folder: Path, curve: Mapping[str, Any], ranking: dict[str, Any] | None) -> list[str]:

@@ -12,7 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from layerprune.curve import scores, series
+from layerprune.curve import healings, held_out_losses, scores, series, trained_losses
+from layerprune.figures import LOSS_TOP, shares, short, spread_apart
 from layerprune.model.cuts import describe_dropped, drop_count
 from layerprune.model.files import read_json, write_text
 from layerprune.runfolder import flat
@@ -47,7 +48,7 @@ def render(folder: Path) -> str:
     env = Environment(
         loader=PackageLoader("layerprune", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    env.filters |= {"fixed": _fixed, "percent": _percent, "count": _count, "size": _size}
+    env.filters |= {"fixed": _fixed, "percent": _percent, "count": _count, "size": _size, "whole": _whole}
     return env.get_template("report.html.j2").render(**_facts(folder)) + "\n"
 
 
@@ -68,6 +69,7 @@ def _facts(folder: Path) -> Facts:
     verdict["points"] += _own_cut(evaluation)
     panels = [_panel(layers, own, task, collapse) for task in tasks] + [_panel(layers, own, None, collapse)]
     panels = [panel for panel in panels if panel["lines"]]
+    healing = _healing(healings(folder, curve))
     heat = _heat(rank) if rank.get("distance") else None
     given = manifest.get("given", {})
     return {
@@ -80,6 +82,7 @@ def _facts(folder: Path) -> Facts:
         "confidence": collapse.get("confidence", 0.95),
         "steps": _steps(evaluation),
         "panels": panels,
+        "healing": healing,
         "heat": heat,
         "tasks": tasks,
         "table": [_line(name, r, layers) for name in names for r in own[name] if r["n"] or name == names[0]],
@@ -90,7 +93,7 @@ def _facts(folder: Path) -> Facts:
             "layers": layers,
             "names": [_NAMES[name] for name in names],
             "blocks": [{r["n"]: describe_dropped(tuple(r["kept"]), layers) for r in own[name]} for name in names],
-            "panels": [panel["data"] for panel in panels],
+            "panels": [panel["data"] for panel in [*panels, *(healing["panels"] if healing else [])]],
             "heat": heat["data"] if heat else None,
         },
     }
@@ -307,6 +310,148 @@ def _packaged(path: Any) -> Any:
     return str(path).partition("/layerprune/recipes/")[2] or path
 
 
+# Healing
+
+_PACKINGS = {
+    "documents": "documents joined, none sees another",
+    "joined": "documents joined, they see one another",
+    "truncate": "one document a sequence, truncated",
+}
+_ADAPTERS = {"all": "all layers", "after": "the layers after the cut"}
+_BASES = {"weights": "the checkpoint's own weights", "nf4": "the weights as NF4 holds them"}
+
+
+def _healing(found: Sequence[Row]) -> Facts | None:
+    """The healings of a folder: pictures, a row each, and what they share; None without any. Older records know less."""
+    if not found:
+        return None
+    share = shares([one["n"] for one in found])
+    made: list[Facts] = []
+    for one in found:
+        strategy, strength = one["strategy"], round(100 * share[one["n"]])
+        colour = "" if strength == 100 else f"color-mix(in srgb, var(--{strategy}) {strength}%, var(--page))"
+        made.append({**one, "name": f"{_NAMES[strategy]}, n = {one['n']}", "style": f"{strategy}-healed", "colour": colour})
+    panels = [
+        _healing_panel(made, held_out)
+        for held_out, points in ((False, trained_losses), (True, held_out_losses)) if any(map(points, made))
+    ]  # fmt: skip
+    shared = {"Settings": _heal_settings, "Memory": _heal_memory, "Held-out documents": _heal_documents}
+    facts = [(title, _together([(one["name"], told(one)) for one in made])) for title, told in shared.items()]
+    return {
+        "panels": panels,
+        "legend": [one for one in made if panels and trained_losses(one)],
+        "known": {key: any(_number(one[key]) is not None for one in made) for key in ("whole", "cut")},
+        "held": any(map(held_out_losses, made)),
+        "table": [_healing_row(one) for one in made],
+        "facts": [(title, part) for title, part in facts if part],
+    }
+
+
+def _healing_row(one: Row) -> Facts:
+    healing = one["healing"]
+    seconds, tokens = _number((healing.get("seconds") or {}).get("train")), _number(healing.get("tokens"))
+    losses, held = healing.get("losses") or {}, held_out_losses(one)
+    return {
+        "series": _NAMES[one["strategy"]],
+        "n": one["n"],
+        "steps": healing.get("steps"),
+        "tokens": tokens,
+        "seconds": seconds,
+        "speed": tokens / seconds if tokens and seconds else None,
+        "peak": _gib((healing.get("memory") or {}).get("peak")),
+        "loss": _from_to([losses.get("first"), losses.get("last")]),
+        "held": _from_to([held[0][1], held[-1][1]], 4) if held else "–",
+        "before": one["cut"],
+        "after": one["healed"],
+    }
+
+
+def _heal_settings(one: Row) -> Facts:
+    """What decides how good a healing is, each as (text, origin)."""
+    healing, bridge = one["healing"], one["bridge"]
+    given, origin = healing.get("settings") or {}, healing.get("origin") or {}
+    apart = healing.get("documents_apart") is False and given.get("packing") == "documents"
+    told: dict[str, tuple[Any, str]] = {
+        "data": (given.get("data"), "data"),
+        "steps": (_thousands(given.get("steps")), "steps"),
+        "sequences a step": (given.get("batch_size"), "batch_size"),
+        "tokens a sequence": (_thousands(given.get("length")), "length"),
+        "packing": ("documents joined; this model lets them see one another" if apart else _PACKINGS.get(given.get("packing")), "packing"),
+        "peak learning rate": (f"{given['learning_rate']:g}" if "learning_rate" in given else None, "learning_rate"),
+        "warm-up steps": (given.get("warmup_steps"), "warmup_steps"),
+        "LoRA rank": (given.get("lora_rank"), "lora_rank"),
+        "LoRA alpha": (given.get("lora_alpha"), "lora_rank"),
+        "LoRA dropout": (given.get("dropout"), "dropout"),
+        "adapters on": (_told(healing.get("modules") or []) or None, "targets"),
+        "in": (adapters_place(given.get("adapters")), "adapters"),
+        "distillation": (f"weight {given['distil']:g}, by {healing.get('teacher')}" if given.get("distil") else None, "distil"),
+        "merged into": (_BASES.get(given.get("merge")), "merge"),
+    }  # fmt: skip
+    if bridge.get("form"):
+        told["bridge"] = (f"{bridge['form']}, fitted on {bridge['tokens']:,} tokens", "bridge")
+        told["bridge: squared error"] = ("; ".join(_from_to([b["error"]["cut"], b["error"]["bridged"]]) for b in bridge["bridges"]), "")
+    return {key: (str(text), origin.get(source, "")) for key, (text, source) in told.items() if text is not None}
+
+
+def adapters_place(adapters: str | None) -> str | None:
+    """Which layers get adapters, in words; None where a record does not say it."""
+    kind, _, size = (adapters or "").partition(":")
+    return f"{size} layers on each side of the cut" if kind == "window" else _ADAPTERS.get(kind)
+
+
+def _heal_memory(one: Row) -> Facts:
+    healing = one["healing"]
+    memory = healing.get("memory") or {}
+    told: dict[str, Any] = {"base": healing.get("quantisation")}
+    if memory:
+        plan = [f"{memory['micro_batch']} sequences at once" if memory["micro_batch"] > 1 else "one sequence at once"]
+        plan.append(f"weights kept decoded in {memory['decoded']} layers" if memory["decoded"] else "no weights kept decoded")
+        again = memory["recomputed"]
+        plan.append(f"activations of {again} layers computed again" if again else "all activations kept")
+        told |= {"plan": "; ".join(plan + ["layers compiled"] * memory["compiled"])}
+        told |= {"planned peak, at most": _gib(memory["estimate"]), "measured peak": _gib(memory["peak"])}
+    told |= {"device": healing.get("device"), "processes": healing.get("processes")}
+    return {key: (str(text), "") for key, text in told.items() if text not in (None, "–")}
+
+
+def _heal_documents(one: Row) -> Facts:
+    given, documents = one["healing"].get("settings") or {}, one["healing"].get("validation") or {}
+    if not documents.get("documents"):
+        return {}
+    return {
+        "from": (given.get("validation") or "the training data", ""),
+        "documents": (_thousands(documents["documents"]), ""),
+        "left out of training, since they are among them": (_thousands(documents["left_out"]), ""),
+        "SHA-256 of their SHA-256s": (_told(documents["hash"]), ""),
+    }
+
+
+def _together(each: Sequence[tuple[str, Facts]]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Facts of several healings by key: one value where they agree, else each with the healing it is of."""
+    told = []
+    for key in dict.fromkeys(key for _, facts in each for key in facts):
+        values: dict[tuple[str, str], list[str]] = {}
+        for name, facts in each:
+            if key in facts:
+                values.setdefault(facts[key], []).append(name)
+        alone = len(values) == 1
+        told.append((key, [(text if alone else f"{' and '.join(names)}: {text}", origin) for (text, origin), names in values.items()]))
+    return told
+
+
+def _from_to(values: Sequence[Any], digits: int = 3) -> str:
+    return "–" if any(_number(v) is None for v in values) else " to ".join(_fixed(v, digits) for v in values)
+
+
+def _thousands(value: Any) -> str | None:
+    return None if value is None else f"{value:,}"
+
+
+def _gib(value: Any) -> str:
+    number = _number(value)
+    return "–" if number is None else f"{number / 2**30:.1f} GiB"
+
+
 # Commands
 
 
@@ -435,6 +580,7 @@ def _panel(layers: int, own: Mapping[str, Sequence[Row]], task: str | None, coll
         "title": title,
         "sub": sub,
         "label": f"{title} against the fraction of layers dropped",
+        "axis": ("drop", "layers"),
         "top": top,
         "lines": lines,
         "level": y(line) if line is not None and low <= line <= high else None,
@@ -444,6 +590,59 @@ def _panel(layers: int, own: Mapping[str, Sequence[Row]], task: str | None, coll
             "n": depths,
             "x": [x(n) for n in depths],
             "v": [[_rounded(dict(found).get(n)) for n in depths] for found in points.values()],
+        },
+    }
+
+
+def _healing_panel(found: Sequence[Facts], held_out: bool) -> Facts:
+    """One picture against the tokens trained: the training loss, or the held-out loss with those of the cut and the whole model."""
+    points = [(held_out_losses if held_out else trained_losses)(one) for one in found]
+    drawn = [(one, own) for one, own in zip(found, points, strict=True) if own]
+    known = {key: [_number(one[key]) if held_out else None for one, _ in drawn] for key in ("whole", "cut")}
+    whole = next((v for v in known["whole"] if v is not None), None)
+    seen = [v for _, own in drawn for _, v in own] + [v for values in known.values() for v in values if v is not None]
+    top = max(LOSS_TOP, 1.2 * (whole or 0)) if held_out else math.inf
+    ticks = _ticks(min(seen), max(min(max(seen), top), min(seen) + 0.01))
+    low, high = ticks[0], ticks[-1]
+    most = max(one["healing"]["tokens"] for one, _ in drawn)
+    room = 30 if held_out and len(drawn) > 1 else 0  # for the depth at each line's end
+
+    def x(tokens: float) -> float:
+        return round(LEFT + 6 + (WIDTH - LEFT - RIGHT - 12 - room) * tokens / most, 1)
+
+    def y(value: float) -> float:
+        return round(max(10, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 10) * (value - low) / (high - low)), 1)
+
+    ends = spread_apart([-y(own[-1][1]) for _, own in drawn], 13)
+    lines = []
+    for (one, own), before, end in zip(drawn, known["cut"], ends, strict=True):
+        place = [(x(t), y(v)) for t, v in own]
+        lines.append(
+            {
+                "style": one["style"], "colour": one["colour"], "line": _path(place),
+                "dots": "".join(f"M{_n(a)} {_n(b)}h0" for a, b in place) if held_out else "",
+                "before": None if before is None or before > high else y(before),
+                "end": (place[-1][0] + 8, round(4 - end, 1), one["n"]) if room else None,
+            }
+        )  # fmt: skip
+    steps = sorted({t for _, own in drawn for t, _ in own})
+    above = [f"{v:.2f} with n = {one['n']}" for (one, _), v in zip(drawn, known["cut"], strict=True) if v is not None and v > high]
+    title, sub = ("held-out loss", "while training, nats a token / ln V") if held_out else ("training loss", "nats a token")
+    return {
+        "title": title,
+        "sub": sub + (f"; above the picture: the cut, {' and '.join(above)}" if above else ""),
+        "label": f"{title} against the tokens trained",
+        "axis": ("tokens", ""),
+        "top": 10,
+        "lines": lines,
+        "level": None if whole is None else y(whole),
+        "yticks": [(y(v), f"{v:g}") for v in ticks],
+        "xticks": [(x(t), t, short(t)) for t in _ticks(0, most) if t <= most],
+        "data": {
+            "x": [x(t) for t in steps],
+            "heads": [f"{t:,.0f} tokens trained" for t in steps],
+            "names": [one["name"] for one, _ in drawn],
+            "v": [[[round(v, 5), None, None] if (v := dict(own).get(t)) is not None else None for t in steps] for _, own in drawn],
         },
     }
 
@@ -548,6 +747,11 @@ def _n(value: float) -> str:
 def _fixed(value: Any, digits: int = 3) -> str:
     number = _number(value)
     return "–" if number is None else f"{number:.{digits}f}"
+
+
+def _whole(value: Any) -> str:
+    number = _number(value)
+    return "–" if number is None else f"{number:,.0f}"
 
 
 def _percent(value: Any, digits: int = 0) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerprune.curve import CONFIDENCE, against_tokens, series
+from layerprune.curve import CONFIDENCE, held_out_losses, series, trained_losses
 from layerprune.figures import (
     BLUE,
     CROWDED,
@@ -214,10 +214,10 @@ def plot_healing(found: Sequence[Mapping[str, Any]], folder: str | Path, model: 
 
     Writes healing as PNG and SVG; returns the files, none where nothing was trained.
     """
-    drawn = [one for one in found if (one["healing"].get("losses") or {}).get("curve")]
+    drawn = [one for one in found if trained_losses(one)]
     if not drawn:
         return []
-    held = [one for one in drawn if one["healing"].get("held_out")]
+    held = [one for one in drawn if held_out_losses(one)]
     with look():
         figure, panels, hole = grid(1 + bool(held), f"Healing{', ' + model if model else ''}")
         _trained_panel(panels[0], drawn)
@@ -240,8 +240,7 @@ def _healing_style(one: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -
 def _trained_panel(axes: Any, drawn: Sequence[Mapping[str, Any]]) -> None:
     for one in drawn:
         style = {**_healing_style(one, drawn), "marker": ""}
-        points = against_tokens(one["healing"], one["healing"]["losses"]["curve"])
-        axes.plot(*zip(*points, strict=True), lw=0.9, gid="trained", **style)
+        axes.plot(*zip(*trained_losses(one), strict=True), lw=0.9, gid="trained", **style)
     axes.set(title="training loss", ylabel="nats per token")
     _token_axis(axes, drawn)
 
@@ -250,7 +249,7 @@ def _held_out_panel(axes: Any, drawn: Sequence[Mapping[str, Any]], held: Sequenc
     """The held-out loss; what lies above LOSS_TOP is cut off, as in `loss_panel`."""
     ends, seen = [], []
     for one in held:
-        style, points = _healing_style(one, drawn), against_tokens(one["healing"], one["healing"]["held_out"])
+        style, points = _healing_style(one, drawn), held_out_losses(one)
         axes.plot(*zip(*points, strict=True), lw=1.3, ms=4, gid="held-out", **style)
         ends.append((one["n"], points[-1], _SERIES[one["strategy"] + " healed"]["color"]))
         seen += [y for _, y in points]

@@ -8,14 +8,16 @@
   // Each picture: steps it can be moved by, and what it says at a place.
   function curves(panel) {
     return {
-      at: [0], most: [panel.n.length - 1],
+      at: [0], most: [panel.x.length - 1],
       find: (x) => [panel.x.reduce((best, v, i) => (Math.abs(v - x) < Math.abs(panel.x[best] - x) ? i : best), 0)],
       mark: (cursor, [i]) => cursor.setAttribute("transform", `translate(${panel.x[i]} 0)`),
       spot: ([i], y) => [panel.x[i], y],
-      head: ([i]) => share(panel.n[i]),
+      head: ([i]) => panel.heads ? panel.heads[i] : share(panel.n[i]),
       rows: ([i]) => panel.v.flatMap((values, s) => {
         const found = values[i];
-        if (!found || (panel.n[i] === 0 && s > 0)) return [];
+        if (!found) return [];
+        if (panel.names) return [[panel.names[s], found[0].toFixed(4)]];
+        if (panel.n[i] === 0 && s > 0) return [];
         const range = found[1] === null || found[2] === null ? "" : `${found[1].toFixed(3)} to ${found[2].toFixed(3)}`;
         const who = panel.n[i] === 0 ? "whole model" : `${data.names[s]} ${data.blocks[s][panel.n[i]] || ""}`;
         return [[who, found[0].toFixed(4), range]];
