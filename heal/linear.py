@@ -58,6 +58,11 @@ class FourBitLinear(nn.Module):
             return self.decoded
         return _decode(*self._packed(), *self._meta())
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """For models that look at a layer's weight, as Mamba does on its way to a fused kernel."""
+        return self.decoded_weight()
+
     def decode(self) -> None:
         """Keep the weight decoded from here on; the packed one goes."""
         if self.decoded is None:

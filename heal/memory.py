@@ -114,6 +114,8 @@ class Planner:
         self.trained = trained_layers(student)
         order = [*self.trained, *sorted(set(range(len(student.decoder))) - set(self.trained))]
         self.weights = [(i, four_bit_linears(student.decoder.layers[i])) for i in order]
+        # counted once: weights that a trial has decoded are packed no more
+        self.grows = [sum(part.decoded_bytes - part.packed_bytes for part in parts) for _, parts in self.weights]
         self.parameters = [p for p in student.decoder.model.parameters() if p.requires_grad]
         adapters = sum(p.numel() for p in self.parameters)
         # Adam's two moments; several processes also hold the gradients in the buckets that they exchange
@@ -201,7 +203,7 @@ class Planner:
     def peak(self, one: Measured, static: int, decoded: int, recomputed: int) -> int:
         """Bytes of tensors at the peak of a step."""
         again, kept = self.trained[:recomputed], self.trained[recomputed:]
-        more = sum(part.decoded_bytes - part.packed_bytes for _, parts in self.weights[:decoded] for part in parts)
+        more = sum(self.grows[:decoded])
         behind = sum(one.layers[i].again for i in again) + sum(one.layers[i].kept for i in kept)
         # in the backward pass a layer's own share is freed after it, so the first one back is at the peak
         back = max([one.layers[i].kept_back for i in kept] or [one.layers[i].again_back for i in again] or [0])

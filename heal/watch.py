@@ -79,6 +79,9 @@ class Watch(TrainerCallback):
         now = time.perf_counter()
         self.timed.append(now)
         left = state.max_steps - state.global_step
+        if not left:
+            # the last steps are looked at too, where their number is no multiple of `every`
+            control.should_log = True
         # The first steps pay for warming up; the fourth is the first honest one.
         if len(self.timed) == 4 and left:
             step = (now - self.timed[0]) / 3

@@ -82,16 +82,19 @@ def short(count: float) -> str:
 def shares(depths: Sequence[int]) -> dict[int, float]:
     """How strong the colour of each depth is among those drawn together: the deepest one's is full."""
     order = sorted(set(depths))
-    return {n: 1 - 0.6 * (len(order) - 1 - i) / max(1, len(order) - 1) for i, n in enumerate(order)}
+    return {n: 1 - 0.5 * (len(order) - 1 - i) / max(1, len(order) - 1) for i, n in enumerate(order)}
 
 
 def spread_apart(places: Sequence[float], gap: float) -> list[float]:
-    """Places at least `gap` apart, in the same order, moved up from those given no further than that needs."""
-    found = list(places)
-    taken = -math.inf
-    for i in sorted(range(len(found)), key=lambda i: found[i]):
-        taken = found[i] = max(found[i], taken + gap)
-    return found
+    """The places at least `gap` apart, in the same order, that are nearest to those given (in the sum of squares)."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    blocks: list[list[float]] = []  # neighbours that touch, each as where it would have its block begin
+    for rank, i in enumerate(order):
+        blocks.append([places[i] - rank * gap])
+        while len(blocks) > 1 and sum(blocks[-2]) / len(blocks[-2]) > sum(blocks[-1]) / len(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    starts = [sum(block) / len(block) for block in blocks for _ in block]
+    return [starts[rank] + rank * gap for rank in (order.index(i) for i in range(len(places)))]
 
 
 def grid(count: int, title: str) -> tuple[Any, list[Any], Any]:

@@ -366,30 +366,33 @@ def _healing_row(one: Row) -> Facts:
     }
 
 
-def _heal_settings(one: Row) -> Facts:
+def _heal_settings(one: Row) -> dict[str, tuple[str, str]]:
     """What decides how good a healing is, each as (text, origin)."""
     healing, bridge = one["healing"], one["bridge"]
     given, origin = healing.get("settings") or {}, healing.get("origin") or {}
-    apart = healing.get("documents_apart") is False and given.get("packing") == "documents"
+    packing = _PACKINGS.get(str(given.get("packing")))
+    if given.get("packing") == "documents" and not healing.get("documents_apart"):
+        packing = "documents joined; this model lets them see one another"
     told: dict[str, tuple[Any, str]] = {
         "data": (given.get("data"), "data"),
         "steps": (_thousands(given.get("steps")), "steps"),
         "sequences a step": (given.get("batch_size"), "batch_size"),
         "tokens a sequence": (_thousands(given.get("length")), "length"),
-        "packing": ("documents joined; this model lets them see one another" if apart else _PACKINGS.get(given.get("packing")), "packing"),
+        "packing": (packing, "packing"),
         "peak learning rate": (f"{given['learning_rate']:g}" if "learning_rate" in given else None, "learning_rate"),
         "warm-up steps": (given.get("warmup_steps"), "warmup_steps"),
         "LoRA rank": (given.get("lora_rank"), "lora_rank"),
         "LoRA alpha": (given.get("lora_alpha"), "lora_rank"),
         "LoRA dropout": (given.get("dropout"), "dropout"),
         "adapters on": (_told(healing.get("modules") or []) or None, "targets"),
-        "in": (adapters_place(given.get("adapters")), "adapters"),
+        "adapters in": (adapters_place(given.get("adapters")), "adapters"),
         "distillation": (f"weight {given['distil']:g}, by {healing.get('teacher')}" if given.get("distil") else None, "distil"),
-        "merged into": (_BASES.get(given.get("merge")), "merge"),
+        "merged into": (_BASES.get(str(given.get("merge"))), "merge"),
     }  # fmt: skip
     if bridge.get("form"):
         told["bridge"] = (f"{bridge['form']}, fitted on {bridge['tokens']:,} tokens", "bridge")
-        told["bridge: squared error"] = ("; ".join(_from_to([b["error"]["cut"], b["error"]["bridged"]]) for b in bridge["bridges"]), "")
+        errors = (_from_to([b["error"]["cut"], b["error"]["bridged"]]) for b in bridge["bridges"])
+        told["bridge: squared error"] = ("; ".join(errors), "")
     return {key: (str(text), origin.get(source, "")) for key, (text, source) in told.items() if text is not None}
 
 
@@ -399,7 +402,7 @@ def adapters_place(adapters: str | None) -> str | None:
     return f"{size} layers on each side of the cut" if kind == "window" else _ADAPTERS.get(kind)
 
 
-def _heal_memory(one: Row) -> Facts:
+def _heal_memory(one: Row) -> dict[str, tuple[str, str]]:
     healing = one["healing"]
     memory = healing.get("memory") or {}
     told: dict[str, Any] = {"base": healing.get("quantisation")}
@@ -414,28 +417,28 @@ def _heal_memory(one: Row) -> Facts:
     return {key: (str(text), "") for key, text in told.items() if text not in (None, "–")}
 
 
-def _heal_documents(one: Row) -> Facts:
+def _heal_documents(one: Row) -> dict[str, tuple[str, str]]:
     given, documents = one["healing"].get("settings") or {}, one["healing"].get("validation") or {}
     if not documents.get("documents"):
         return {}
     return {
         "from": (given.get("validation") or "the training data", ""),
-        "documents": (_thousands(documents["documents"]), ""),
-        "left out of training, since they are among them": (_thousands(documents["left_out"]), ""),
-        "SHA-256 of their SHA-256s": (_told(documents["hash"]), ""),
+        "documents": (f"{documents['documents']:,}", ""),
+        "of the training data, left out": (f"{documents['left_out']:,}", ""),
+        "hash of them all": (_told(documents["hash"]), ""),
     }
 
 
-def _together(each: Sequence[tuple[str, Facts]]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _together(each: Sequence[tuple[str, dict[str, tuple[str, str]]]]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Facts of several healings by key: one value where they agree, else each with the healing it is of."""
-    told = []
+    told: list[tuple[str, list[tuple[str, str]]]] = []
     for key in dict.fromkeys(key for _, facts in each for key in facts):
         values: dict[tuple[str, str], list[str]] = {}
         for name, facts in each:
             if key in facts:
                 values.setdefault(facts[key], []).append(name)
-        alone = len(values) == 1
-        told.append((key, [(text if alone else f"{' and '.join(names)}: {text}", origin) for (text, origin), names in values.items()]))
+        lines = [(f"{' and '.join(names)}: {text}", origin) for (text, origin), names in values.items()]
+        told.append((key, lines if len(values) > 1 else list(values)))
     return told
 
 
@@ -611,7 +614,7 @@ def _healing_panel(found: Sequence[Facts], held_out: bool) -> Facts:
         return round(LEFT + 6 + (WIDTH - LEFT - RIGHT - 12 - room) * tokens / most, 1)
 
     def y(value: float) -> float:
-        return round(max(10, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 10) * (value - low) / (high - low)), 1)
+        return round(HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 10) * (value - low) / (high - low), 1)
 
     ends = spread_apart([-y(own[-1][1]) for _, own in drawn], 13)
     lines = []
@@ -626,8 +629,11 @@ def _healing_panel(found: Sequence[Facts], held_out: bool) -> Facts:
             }
         )  # fmt: skip
     steps = sorted({t for _, own in drawn for t, _ in own})
-    above = [f"{v:.2f} with n = {one['n']}" for (one, _), v in zip(drawn, known["cut"], strict=True) if v is not None and v > high]
+    far = [(one["n"], v) for (one, _), v in zip(drawn, known["cut"], strict=True) if v is not None and v > high]
+    above = [f"{v:.2f} with n\u00a0=\u00a0{n}" for n, v in far]
     title, sub = ("held-out loss", "while training, nats a token / ln V") if held_out else ("training loss", "nats a token")
+    if not held_out and any((one["healing"].get("settings") or {}).get("distil") for one, _ in drawn):
+        sub += ", the distillation's part included"
     return {
         "title": title,
         "sub": sub + (f"; above the picture: the cut, {' and '.join(above)}" if above else ""),

@@ -217,14 +217,20 @@ def plot_healing(found: Sequence[Mapping[str, Any]], folder: str | Path, model: 
     drawn = [one for one in found if trained_losses(one)]
     if not drawn:
         return []
-    held = [one for one in drawn if held_out_losses(one)]
     with look():
-        figure, panels, hole = grid(1 + bool(held), f"Healing{', ' + model if model else ''}")
-        _trained_panel(panels[0], drawn)
-        if held:
-            _held_out_panel(panels[1], drawn, held)
-        legend(figure, panels, hole)
-        return save(figure, Path(folder), "healing")
+        return save(_healing_figure(drawn, f"Healing{', ' + model if model else ''}"), Path(folder), "healing")
+
+
+def _healing_figure(drawn: Sequence[Mapping[str, Any]], title: str) -> Any:
+    held = [one for one in drawn if held_out_losses(one)]
+    if any(number(one[key]) is not None for one in held for key in ("whole", "cut")):
+        title += "\npoints: in NF4, on some of the held-out documents; horizontal lines: as written, on all"
+    figure, panels, hole = grid(1 + bool(held), title)
+    _trained_panel(panels[0], drawn)
+    if held:
+        _held_out_panel(panels[1], drawn, held)
+    legend(figure, panels[::-1], hole)  # the held-out lines have markers
+    return figure
 
 
 def _healing_style(one: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -232,9 +238,9 @@ def _healing_style(one: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -
     from matplotlib.colors import to_hex, to_rgb
 
     style, share = _SERIES[one["strategy"] + " healed"], shares([other["n"] for other in among])[one["n"]]
-    colour = to_hex([1 - share * (1 - part) for part in to_rgb(style["color"])])
+    red, green, blue = (1 - share * (1 - part) for part in to_rgb(style["color"]))
     label = f"{style['label'].removesuffix(', healed')}, n = {one['n']}"
-    return {"color": colour, "marker": style["marker"], "label": label}
+    return {"color": to_hex((red, green, blue)), "marker": style["marker"], "label": label}
 
 
 def _trained_panel(axes: Any, drawn: Sequence[Mapping[str, Any]]) -> None:

@@ -287,3 +287,11 @@ def test_an_unpacked_layer_is_not_taken_for_a_packed_one() -> None:
     assert is_packed(packed_linear(64, 64, False, torch.float32))
     model = adapted()
     assert not is_packed(model.get_base_model().up), "peft's wrapper shows its base layer's weight as its own"
+
+
+def test_a_model_that_looks_at_a_weight_sees_the_one_that_is_computed_with() -> None:
+    ours = FourBitLinear(packed_linear(128, 64, False, torch.float32))
+    x = some(3, 64)
+    assert torch.equal(F.linear(x, ours.weight), ours(x)) and "weight" not in dict(ours.named_parameters())
+    ours.decode()
+    assert torch.equal(F.linear(x, ours.weight), ours(x))

@@ -1,0 +1,169 @@
+"""What attention and MLP add to the residual stream, found by what a layer computes, without a line per family.
+
+A layer's update x^(l+1) - x^(l) is, in most architectures, s (p + q): what two of its sub-modules give, one after the
+other, times a scale. Which two is found by trying on a few tokens; a layer in which no two of them sum to its update has no
+parts here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerprune.model.decoder import Decoder, first_hidden, forward_logits, hidden_of, replaced_forwards
+
+_PROBE = (2, 12)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Names (inside the layer) of the sub-modules whose outputs are added, in the order of their calls.
+
+    scale: s of x^(l+1) = x^(l) + s (p + q). added: whether the second one's output has the stream in it already (BLOOM).
+    parallel: whether both read x^(l); else the second reads x^(l) + s p.
+    """
+
+    first: str
+    second: str
+    scale: float
+    added: bool
+    parallel: bool
+
+
+@dataclass
+class _Call:
+    name: str
+    norm: bool
+    given: list[torch.Tensor]
+    output: torch.Tensor
+
+
+def find_parts(decoder: Decoder) -> list[Parts | None]:
+    """The parts of every layer, None for one whose update is not the sum of two sub-modules' outputs."""
+    found: list[Parts | None] = [None] * len(decoder)
+
+    def watcher(index: int) -> Callable[..., Any]:
+        def forward(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            x = first_hidden(args, kwargs).detach().clone()
+            with _calls(decoder.layers[index], x.shape) as calls:
+                output = old(*args, **kwargs)
+            y = hidden_of(output)
+            if x.dim() == 3 and y.shape == x.shape:
+                found[index] = _two_that_sum(x, y, calls)
+            return output
+
+        return forward
+
+    vocab = decoder.model.get_input_embeddings().weight.shape[0]
+    ids_BT = torch.randint(0, vocab, _PROBE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), replaced_forwards((layer, watcher(i)) for i, layer in enumerate(decoder.layers)):
+        forward_logits(decoder, ids_BT)
+    return found
+
+
+@contextlib.contextmanager
+def _calls(layer: nn.Module, shape: torch.Size) -> Iterator[list[_Call]]:
+    """The calls of a layer's sub-modules whose outputs have a state's shape, in order of their ends."""
+    calls: list[_Call] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            result = hidden_of(output)
+            if isinstance(result, torch.Tensor) and result.numel() == shape.numel() and result.shape[-1] == shape[-1]:
+                values = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.numel() == shape.numel()]
+                norm = "norm" in type(module).__name__.lower()
+                calls.append(_Call(name, norm, [v.detach().reshape(shape) for v in values], result.detach().reshape(shape).clone()))
+
+        return seen
+
+    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in layer.named_modules() if n and n.count(".") < 2]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _two_that_sum(x: torch.Tensor, y: torch.Tensor, calls: list[_Call]) -> Parts | None:
+    """The two calls whose outputs sum to y - x, within the rounding of y's dtype."""
+    wide = x.double()
+    update = y.double() - wide
+    unit = float(torch.finfo(y.dtype).eps)
+    # two additions, each rounded; the scale of the stream is what rounding follows
+    most = 3 * unit * float(y.double().norm()) + 1e-5 * float(update.norm())
+    best: tuple[float, Parts] | None = None
+    names = [call.name for call in calls]
+    for j, second in enumerate(calls):
+        for i in range(j):
+            first = calls[i]
+            # a module called twice (a shared dropout) cannot be told apart afterwards
+            if names.count(first.name) > 1 or names.count(second.name) > 1 or _inside(first.name, second.name):
+                continue
+            p = first.output.double()
+            for added in (False,) if second.norm else (False, True):
+                q = second.output.double() - (wide + p if added else 0)
+                both = p + q
+                size = float((both * both).sum())
+                if size == 0 or float(p.norm()) <= most or float(q.norm()) <= most:
+                    continue
+                scale = 1.0 if added else float((both * update).sum()) / size
+                error = float((update - scale * both).norm())
+                if error > most or (best is not None and error >= best[0]):
+                    continue
+                middle = wide + scale * p
+                apart = float((middle - wide).norm())
+                later = [g for call in calls[i + 1 : j + 1] for g in call.given]
+                sequential = any(float((g.double() - middle).norm()) < 0.01 * apart for g in later)
+                # a module that returns the stream proves nothing of what came before it, unless that is seen to be read
+                if sequential or not added:
+                    best = error, Parts(first.name, second.name, scale, added, not sequential)
+    return None if best is None else best[1]
+
+
+def _inside(a: str, b: str) -> bool:
+    return a.startswith(b + ".") or b.startswith(a + ".")
+
+
+class Caught:
+    """Outputs of the two parts of every layer, caught while a pass runs; `take` gives (p, q) and forgets them."""
+
+    def __init__(self, decoder: Decoder, parts: list[Parts | None]) -> None:
+        self.decoder, self.parts = decoder, parts
+        self._held: dict[tuple[int, int], torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Catch inside the block."""
+        handles = []
+        for index, found in enumerate(self.parts):
+            if found is not None:
+                for place, name in enumerate((found.first, found.second)):
+                    module = self.decoder.layers[index].get_submodule(name)
+                    handles.append(module.register_forward_hook(self._keep(index, place)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._held.clear()
+
+    def _keep(self, index: int, place: int) -> Callable[..., None]:
+        def seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._held[index, place] = hidden_of(output)
+
+        return seen
+
+    def take(self, index: int, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What attention and MLP of a layer added to x_BTD, its input; None for a layer without parts."""
+        found = self.parts[index]
+        if found is None:
+            return None
+        p, q = (self._held.pop((index, place)).reshape(x_BTD.shape) for place in (0, 1))
+        if found.added:
+            q = q - (x_BTD + p)
+        return (p, q) if found.scale == 1.0 else (found.scale * p, found.scale * q)
