@@ -33,6 +33,8 @@ class Parts:
     scale: float
     added: bool
     parallel: bool
+    changed: bool
+    """Whether an output is written over after its module returned it (Falcon adds into one)."""
 
 
 @dataclass
@@ -41,6 +43,8 @@ class _Call:
     norm: bool
     given: list[torch.Tensor]
     output: torch.Tensor
+    alive: torch.Tensor
+    """The output itself, of which `output` is a copy."""
 
 
 def find_parts(decoder: Decoder) -> list[Parts | None]:
@@ -77,7 +81,15 @@ def _calls(layer: nn.Module, shape: torch.Size) -> Iterator[list[_Call]]:
             if isinstance(result, torch.Tensor) and result.numel() == shape.numel() and result.shape[-1] == shape[-1]:
                 values = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.numel() == shape.numel()]
                 norm = "norm" in type(module).__name__.lower()
-                calls.append(_Call(name, norm, [v.detach().reshape(shape) for v in values], result.detach().reshape(shape).clone()))
+                calls.append(
+                    _Call(
+                        name,
+                        norm,
+                        [v.detach().reshape(shape) for v in values],
+                        result.detach().reshape(shape).clone(),
+                        result.detach().reshape(shape),
+                    )
+                )
 
         return seen
 
@@ -121,7 +133,8 @@ def _two_that_sum(x: torch.Tensor, y: torch.Tensor, calls: list[_Call]) -> Parts
                 sequential = any(float((g.double() - middle).norm()) < 0.01 * apart for g in later)
                 # a module that returns the stream proves nothing of what came before it, unless that is seen to be read
                 if sequential or not added:
-                    best = error, Parts(first.name, second.name, scale, added, not sequential)
+                    changed = any(not torch.equal(call.output, call.alive) for call in (first, second))
+                    best = error, Parts(first.name, second.name, scale, added, not sequential, changed)
     return None if best is None else best[1]
 
 
@@ -154,7 +167,8 @@ class Caught:
 
     def _keep(self, index: int, place: int) -> Callable[..., None]:
         def seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._held[index, place] = hidden_of(output)
+            result, found = hidden_of(output), self.parts[index]
+            self._held[index, place] = result.clone() if found is not None and found.changed else result
 
         return seen
 

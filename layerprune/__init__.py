@@ -21,6 +21,7 @@ _PUBLIC = {
     "sweep": "layerprune.sweeping",
     "find": "layerprune.search",
     "compare": "layerprune.comparison",
+    "probe_depth": "layerprune.depths",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -1,0 +1,90 @@
+"""The figures of the depth probes: values by layer, a panel a quantity, a line a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layerprune.figures import look, new_figure, save
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7f7f7f", "#000000")
+_DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), "-.")
+
+Values = Mapping[str, Mapping[str, Sequence[float | None]]]
+"""model -> name of a value -> that value by layer, None where a layer has none."""
+
+
+def plot_residual(values: Values, folder: str | Path) -> list[Path]:
+    """Draw residual.json of one or several models: cosines above, relative sizes below; returns the files."""
+    names = {"att": "attention", "mlp": "MLP", "layer": "layer"}
+    with look():
+        figure = new_figure(9.2, 5.2)
+        panels = figure.subplots(2, 3, sharex="col")
+        for column, (part, title) in enumerate(names.items()):
+            for row, (kind, label) in enumerate((("cos", "cosine with the stream"), ("rc", "size / stream's size"))):
+                axes = panels[row][column]
+                _lines(axes, {model: found[f"{kind}_{part}"] for model, found in values.items()})
+                if kind == "cos":
+                    axes.axhline(0, color="#7f7f7f", lw=0.8)
+                    axes.set_title(title)
+                else:
+                    axes.set_ylim(0, _most([found[f"{kind}_{part}"] for found in values.values()]))
+                    _layer_axis(axes, values)
+                if column == 0:
+                    axes.set_ylabel(label)
+        _names(figure, panels[0][0], values)
+        return save(figure, Path(folder), "residual")
+
+
+def plot_lens(values: Values, folder: str | Path) -> list[Path]:
+    """Draw lens.json of one or several models: divergence, overlap of the top 5, first choices; returns the files."""
+    shown = {
+        "kl": "KL(lens || final), nats",
+        "overlap": "overlap of the top 5",
+        "top1": "first choice is the final one",
+    }
+    with look():
+        figure = new_figure(9.2, 3.4)
+        panels = figure.subplots(1, 3)
+        for axes, (name, title) in zip(panels, shown.items(), strict=True):
+            _lines(axes, {model: found[name] for model, found in values.items()})
+            axes.set_title(title)
+            axes.set_ylim(0, None if name == "kl" else 1)
+            _layer_axis(axes, values)
+        _names(figure, panels[0], values)
+        return save(figure, Path(folder), "lens")
+
+
+def _lines(axes: Any, lines: Mapping[str, Sequence[float | None]]) -> None:
+    """One line a model against relative depth, so that models of different depths lie on one another."""
+    for number, (model, values) in enumerate(lines.items()):
+        x = [i / max(1, len(values) - 1) if len(lines) > 1 else i for i in range(len(values))]
+        axes.plot(
+            x, [float("nan") if v is None else v for v in values], color=COLOURS[number % len(COLOURS)],
+            ls=_DASHES[number // len(COLOURS) % len(_DASHES)], lw=1.5, label=model,
+        )  # fmt: skip
+
+
+def _layer_axis(axes: Any, values: Values) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    if len(values) > 1:
+        axes.set_xlabel("layer / (layers - 1)")
+    else:
+        axes.set_xlabel("layer (0-based)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def _most(lines: Sequence[Sequence[float | None]]) -> float:
+    """A top that a single early layer, which can be tens of times the others, does not decide."""
+    known = sorted(v for line in lines for v in line[1:] if v is not None)
+    if not known:
+        return 1.0
+    return max(1.2 * known[int(0.98 * (len(known) - 1))], 1e-3)
+
+
+def _names(figure: Any, axes: Any, values: Values) -> None:
+    if len(values) > 1:
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))

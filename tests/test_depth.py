@@ -1,0 +1,279 @@
+"""Depth probes: what layers add, the logit lens, effective depth, and the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from click.testing import CliRunner
+
+from layerprune.cli import main
+from layerprune.depth import lens, residual
+from layerprune.depth.effective import by_cosine, by_kl, by_overlap, effective_depth
+from layerprune.depth.lens import LensSum, lens_probe
+from layerprune.depth.parts import find_parts
+from layerprune.depth.residual import ResidualSum, residual_probe
+from layerprune.depths import format_depth, probe_depth
+from layerprune.model.decoder import Decoder, view_decoder
+from layerprune.model.errors import UsageError
+from layerprune.model.load import load_model
+
+torch.set_num_threads(1)
+
+# family: the sub-modules that add to the stream, and whether both read the same
+SEQUENTIAL = {
+    "Llama": ("self_attn", "mlp"), "GPT-2": ("attn", "mlp"), "OPT": ("self_attn", "fc2"), "Qwen2": ("self_attn", "mlp"),
+    "Gemma-2": ("post_attention_layernorm", "post_feedforward_layernorm"), "Mixtral": ("self_attn", "mlp"),
+    "OLMo-2": ("post_attention_layernorm", "post_feedforward_layernorm"), "StarCoder2": ("self_attn", "mlp"),
+    "GLM-4": ("post_self_attn_layernorm", "post_mlp_layernorm"), "SmolLM3": ("self_attn", "mlp"),
+}  # fmt: skip
+PARALLEL = {
+    "GPT-NeoX": ("attention", "mlp"), "GPT-J": ("attn", "mlp"), "Phi": ("self_attn", "mlp"), "Falcon": ("self_attention", "mlp"),
+    "Cohere2": ("self_attn", "mlp"),
+}  # fmt: skip
+LENSES = [
+    "Llama", "GPT-2", "GPT-NeoX", "Falcon", "BLOOM", "OPT", "Gemma-2", "Gemma-3", "Phi", "Granite", "Cohere2", "Qwen3-MoE",
+    "Mamba",
+]  # fmt: skip
+WITHOUT = ["Mamba", "Gemma-3n", "OPT (350M)"]
+MORE = [
+    "GPT-Neo", "CodeGen", "Falcon (RW)", "BLOOM", "MPT", "Mistral", "Qwen3", "Qwen3-MoE", "Gemma-3", "Phi-3", "OLMo", "StableLM",
+    "Granite", "Nemotron", "DeepSeek-V3", "LFM2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Decoder]:
+    made: dict[str, Decoder] = {}
+
+    def load(name: str) -> Decoder:
+        if name not in made:
+            folder = families.build(name, tmp_path_factory.mktemp("depth") / "model")
+            made[name] = view_decoder(load_model(folder, device="cpu"))
+        return made[name]
+
+    return load
+
+
+def documents(decoder: Decoder, lengths: tuple[int, ...] = (13, 7, 10)) -> list[list[int]]:
+    vocab = decoder.model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, min(vocab, 90), (n,), generator=generator).tolist() for n in lengths]
+
+
+def by_hand(decoder: Decoder, sequences: list[list[int]], names: tuple[str, str], parallel: bool) -> torch.Tensor:
+    """The six values by plain hooks, one document at a time, in float64."""
+    layers = len(decoder)
+    total, tokens = torch.zeros(6, layers, dtype=torch.float64), 0
+    for ids in sequences:
+        seen: dict[Any, torch.Tensor] = {}
+        handles = []
+        for i, layer in enumerate(decoder.layers):
+
+            def before(module: Any, args: Any, kwargs: Any, i: int = i, seen: dict[Any, Any] = seen) -> None:
+                seen[i, "x"] = (args[0] if args else kwargs["hidden_states"]).double().clone()
+
+            def after(module: Any, args: Any, output: Any, i: int = i, seen: dict[Any, Any] = seen) -> None:
+                seen[i, "y"] = (output[0] if isinstance(output, tuple) else output).double().clone()
+
+            handles += [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
+            for place, name in enumerate(names):
+
+                def part(
+                    module: Any, args: Any, output: Any, i: int = i, place: int = place, seen: dict[Any, Any] = seen
+                ) -> None:
+                    seen[i, place] = (output[0] if isinstance(output, tuple) else output).double().clone()
+
+                handles.append(layer.get_submodule(name).register_forward_hook(part))
+        with torch.no_grad():
+            decoder.model(input_ids=torch.tensor([ids]), use_cache=False)
+        for handle in handles:
+            handle.remove()
+        for i in range(layers):
+            h, u = seen[i, "x"], seen[i, "y"] - seen[i, "x"]
+            a, m = (seen[i, place].reshape(h.shape) for place in (0, 1))
+            pairs = [(a, h), (m, h if parallel else h + a), (u, h)]
+            for k, (added, stream) in enumerate(pairs):
+                total[k, i] += torch.nn.functional.cosine_similarity(added, stream, dim=-1).sum()
+                total[3 + k, i] += (added.norm(dim=-1) / stream.norm(dim=-1)).sum()
+        tokens += len(ids)
+    return total / tokens
+
+
+@pytest.mark.parametrize("name", [*SEQUENTIAL, *PARALLEL])
+def test_what_layers_add_against_plain_hooks(name: str, live: Callable[[str], Decoder]) -> None:
+    decoder = live(name)
+    sequences = documents(decoder)
+    expected = by_hand(decoder, sequences, SEQUENTIAL.get(name) or PARALLEL[name], name in PARALLEL)
+    found = residual_probe(decoder, sequences, max_tokens=26).result()
+    for k, value in enumerate(residual.VALUES):
+        assert found[value] == pytest.approx(expected[k].tolist(), abs=1e-5), value
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_parts_are_found_in_other_families(name: str, live: Callable[[str], Decoder]) -> None:
+    assert all(find_parts(live(name)))
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_layers_without_parts_give_their_own_values(name: str, live: Callable[[str], Decoder]) -> None:
+    decoder = live(name)
+    found = residual_probe(decoder, documents(decoder)).result()
+    assert set(found["cos_att"]) == set(found["rc_mlp"]) == {None}
+    assert all(v is not None and -1 <= v <= 1 for v in found["cos_layer"]) and all(v > 0 for v in found["rc_layer"] if v)
+
+
+def test_a_layer_that_writes_along_or_against_the_stream_is_seen(live: Callable[[str], Decoder]) -> None:
+    """Planted: a layer whose output is a multiple of its input has a cosine of 1 or -1."""
+    decoder = live("Llama")
+    before = [layer.__dict__.get("forward") for layer in decoder.layers]
+    try:
+        for i, factor in ((2, 1.5), (3, 0.25)):
+            decoder.layers[i].forward = lambda hidden, *a, _f=factor, **k: _f * hidden
+        found = residual_probe(decoder, documents(decoder)).result()
+    finally:
+        for layer, old in zip(decoder.layers, before, strict=True):
+            layer.__dict__.pop("forward", None)
+            if old is not None:
+                layer.__dict__["forward"] = old
+    assert found["cos_layer"][2] == pytest.approx(1) and found["cos_layer"][3] == pytest.approx(-1)
+    assert found["rc_layer"][2] == pytest.approx(0.5) and found["rc_layer"][3] == pytest.approx(0.75)
+    assert found["cos_att"][2] is None and found["cos_att"][4] is not None
+
+
+def test_sums_of_two_halves_are_the_whole(live: Callable[[str], Decoder]) -> None:
+    decoder = live("Qwen2")
+    sequences = documents(decoder, (9, 6, 11, 4))
+    whole = residual_probe(decoder, sequences)
+    halves = residual_probe(decoder, sequences[:2])
+    halves.merge(residual_probe(decoder, sequences[2:]))
+    assert torch.allclose(whole.total_6L, halves.total_6L, atol=1e-6) and torch.equal(whole.tokens_L, halves.tokens_L)
+    lens_whole, lens_halves = lens_probe(decoder, sequences), lens_probe(decoder, sequences[:2])
+    lens_halves.merge(lens_probe(decoder, sequences[2:]))
+    assert torch.allclose(lens_whole.total_4L, lens_halves.total_4L, atol=1e-4) and lens_whole.tokens == lens_halves.tokens
+    assert ResidualSum(3).result()["cos_att"] == [None] * 3 and LensSum(2).tokens == 0
+
+
+def lens_by_hand(decoder: Decoder, sequences: list[list[int]]) -> torch.Tensor:
+    """KL both ways, overlap and agreement, by hooks on the layers' inputs and the model's own norm and head."""
+    layers, tokens = len(decoder), 0
+    total = torch.zeros(4, layers, dtype=torch.float64)
+    for ids in sequences:
+        inputs: list[torch.Tensor] = []
+
+        def before(module: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor] = inputs) -> None:
+            inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in decoder.layers]
+        with torch.no_grad():
+            final = decoder.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
+        for handle in handles:
+            handle.remove()
+        for i, x in enumerate(inputs):
+
+            def inject(module: Any, args: Any, output: Any, x: torch.Tensor = x) -> Any:
+                return (x, *output[1:]) if isinstance(output, tuple) else x
+
+            handle = decoder.layers[-1].register_forward_hook(inject)
+            with torch.no_grad():
+                own = decoder.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
+            handle.remove()
+            p, q = own.log_softmax(-1), final.log_softmax(-1)
+            total[0, i] += (p.exp() * (p - q)).sum()
+            total[1, i] += (q.exp() * (q - p)).sum()
+            tops = [set(row.topk(5).indices.tolist()) for row in own], [set(row.topk(5).indices.tolist()) for row in final]
+            total[2, i] += sum(len(a & b) / 5 for a, b in zip(*tops, strict=True))
+            total[3, i] += (own.argmax(-1) == final.argmax(-1)).sum()
+        tokens += len(ids)
+    return total / tokens
+
+
+@pytest.mark.parametrize("name", LENSES)
+def test_the_lens_against_the_models_own_end(name: str, live: Callable[[str], Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = live(name)
+    sequences = documents(decoder)
+    monkeypatch.setattr(lens, "SLICE", {"cpu": 200, "cuda": 200})
+    expected = lens_by_hand(decoder, sequences)
+    found = lens_probe(decoder, sequences, max_tokens=26).result()
+    for k, value in enumerate(LensSum.names):
+        assert found[value] == pytest.approx(expected[k].tolist(), abs=2e-5, rel=1e-5), value
+
+
+def test_effective_depth_of_known_curves() -> None:
+    cosine = {"cos_att": [-0.1, -0.2, 0.1, -0.1, 0.2], "cos_mlp": [-0.1] * 4 + [0.2], "cos_layer": [-0.1, 0, 0.1, -0.1, 0.2]}
+    assert by_cosine(cosine) == 3
+    assert by_cosine({**cosine, "cos_att": [None] * 5, "cos_mlp": [None] * 5}) == 3
+    assert by_cosine({name: [0.1, 0.2] for name in cosine}) is None
+    kl = [14.0, 5.0, 9.0, 8.0, 3.0, 1.0]
+    assert (by_kl(kl), by_kl(kl, reference=True)) == (4, 1), "one dip after the embedding is no arrival"
+    assert by_kl([1.0, 1.0]) is None
+    overlap = [0.0, 0.4, 0.2, 0.5]
+    assert (by_overlap(overlap), by_overlap(overlap, reference=True)) == (3, 1)
+    lenses = {"kl": kl, "overlap": [0, 0, 0, 0, 0.4, 0.9]}
+    found = effective_depth({name: [*values, 0.3] for name, values in cosine.items()}, lenses)
+    assert found["cos"] == {"layer": 3, "ratio": 4 / 6}
+    assert found["kl"] == found["overlap"] == {"layer": 4, "ratio": 5 / 6}
+
+
+# The command
+
+
+def test_the_command_writes_files_and_goes_on(run_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"eval_data": str(run_inputs / "loss.jsonl"), "samples": 6, "length": 16, "device": "cpu", "say": lambda line: None}
+    whole = probe_depth(run_inputs / "model", out=tmp_path / "whole", **settings)
+    (model,) = whole["models"]
+    assert model["effective_depth"] is not None and whole["probes"] == ["residual", "lens"]
+    for name in ("depth.json", "model/residual.json", "model/lens.json", "figures/residual.png", "figures/lens.svg"):
+        assert (tmp_path / "whole" / name).stat().st_size > 0, name
+    assert "effective depth" in format_depth(whole) and str(tmp_path / "whole") in format_depth(whole)
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lens, "lens_probe", dies)
+        with pytest.raises(KeyboardInterrupt):
+            probe_depth(run_inputs / "model", out=tmp_path / "killed", **settings)
+    assert (tmp_path / "killed" / "model" / "residual.json").exists() and not (tmp_path / "killed" / "depth.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(residual, "residual_probe", dies)  # it is there, and not made again
+        again = probe_depth(run_inputs / "model", out=tmp_path / "killed", **settings)
+    assert {**again, "folder": ""} == {**whole, "folder": ""}
+    with pytest.raises(UsageError, match="holds a run of other inputs .*samples was 6, now 5"):
+        probe_depth(run_inputs / "model", out=tmp_path / "killed", **{**settings, "samples": 5})
+
+
+def test_several_models_lie_side_by_side(run_inputs: Path, tmp_path: Path) -> None:
+    arguments = ["depth", "--model", str(run_inputs / "model"), "--model", str(run_inputs / "model"), "--probe", "residual"]
+    arguments += ["--eval-data", str(run_inputs / "loss.jsonl"), "--samples", "3", "--length", "12", "--device", "cpu"]
+    done = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "two"), "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert [m["label"] for m in result["models"]] == ["model", "model-2"] and result["models"][0]["effective_depth"] is None
+    first, second = (json.loads((tmp_path / "two" / n / "residual.json").read_text()) for n in ("model", "model-2"))
+    assert first == second and first["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"probes": ["lense"]}, "--probe 'lense' is none of residual, lens"),
+        ({"probes": []}, "--probe '' is none of"),
+        ({"samples": 0}, "--samples 0 is not a number above 0"),
+        ({"length": 1}, "--length 1"),
+        ({"length": 10**6}, "--length 1000000"),
+        ({"eval_data": "nowhere.jsonl"}, "--eval-data nowhere.jsonl is neither"),
+        ({"dtype": "float8"}, "--dtype float8"),
+        ({"device": "tpu"}, "--device tpu"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_nothing(run_inputs: Path, tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+    settings = {"eval_data": str(run_inputs / "loss.jsonl"), "samples": 3, "length": 12, "device": "cpu", **changed}
+    with pytest.raises(UsageError, match=told):
+        probe_depth(run_inputs / "model", out=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
