@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from layerprune.model.data import TokenBatch, batches
 from layerprune.model.decoder import Decoder
 from layerprune.model.errors import Refused
-from layerprune.model.layerwise import Layerwise, State
+from layerprune.model.layerwise import Batch, Layerwise, State
 from layerprune.model.memory import in_halves
 
 TOP = 5
@@ -65,19 +66,13 @@ def lens_probe(
     """
     layerwise = Layerwise(decoder)
     total = LensSum(len(decoder))
-    if max_tokens is None:
-        kind = "cpu" if decoder.device.type == "cpu" else "cuda"
-        features = decoder.model.get_input_embeddings().weight.shape[-1]
-        most = HELD[kind] // ((len(decoder) + 1) * features * (4 if kind == "cpu" else 2))
-        max_tokens = max(1, min(most, 2048 if kind == "cpu" else 16384))
-
     def add(part: Any, batch: TokenBatch) -> None:
         if len(part) < len(batch.rows):
             again = [sequences[batch.rows[row]] for row in part]
             (batch,) = batches(again, sum(map(len, again)) * len(again), pad_id)
         total.merge(_one_batch(layerwise, batch))
 
-    for batch in batches(sequences, max_tokens, pad_id):
+    for batch in batches(sequences, max_tokens or token_budget(decoder), pad_id):
         in_halves(range(len(batch.rows)), functools.partial(add, batch=batch))
         progress(len(batch.rows))
     if not torch.isfinite(total.total_4L).all():
@@ -87,36 +82,67 @@ def lens_probe(
 
 @torch.no_grad()
 def _one_batch(layerwise: Layerwise, batch: TokenBatch) -> LensSum:
-    layers = len(layerwise)
-    made = layerwise.begin(batch.ids_BT, batch.mask_BT)
-    states: list[State] = [made.start()]
-    for index in range(layers):
-        states.append(made.step(index, states[-1]))
-    device = states[-1].hidden.device
-    mask_BT = torch.ones_like(batch.ids_BT) if batch.mask_BT is None else batch.mask_BT
-    row_P, position_P = mask_BT.nonzero(as_tuple=True)
-    vocab = layerwise.decoder.model.get_input_embeddings().weight.shape[0]
-    each = max(1, SLICE["cpu" if device.type == "cpu" else "cuda"] // vocab)
-    # whole rows of positions at a time, as `Batch.logits` hands them over
-    each = max(min(each, batch.ids_BT.shape[1]), each // batch.ids_BT.shape[1] * batch.ids_BT.shape[1])
-    compare = _fused(device.type)
-    waiting = []
-    for at in range(0, len(row_P), each):
-        row_N, position_N = row_P[at : at + each], position_P[at : at + each]
-        final_NV = made.logits(states[-1], row_N, position_N)
-        top_NK = final_NV.topk(TOP).indices
+    compare: Any = None
+    found, waiting = LensSum(len(layerwise)), []
+    for part in slices(layerwise, batch):
+        compare = compare or _fused(part.final_NV.device.type)
+        top_NK = part.final_NV.topk(TOP).indices
         sums = []
-        for state in states[:-1]:
-            lens_NV = made.logits(state, row_N, position_N)
+        for lens_NV in part.lenses():
             own_NK = lens_NV.topk(TOP).indices
             both = (own_NK.unsqueeze(2) == top_NK.unsqueeze(1)).sum(dtype=torch.float64) / TOP
             first = (own_NK[:, 0] == top_NK[:, 0]).sum(dtype=torch.float64)
-            sums.append(torch.stack([*compare(lens_NV, final_NV), both, first]))
-        waiting.append((torch.stack(sums, dim=1), len(row_N)))
-    found = LensSum(layers)
-    for sums_4L, tokens in waiting:
+            sums.append(torch.stack([*compare(lens_NV, part.final_NV), both, first]))
+        waiting.append((torch.stack(sums, dim=1), len(part.row_N)))
+    for sums_4L, tokens in waiting:  # the device is waited for once a batch
         found.update(sums_4L, tokens)
     return found
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some real positions of a batch: their final logits, and those of the lens, one depth after another.
+
+    row_N, position_N: where the N positions lie in the batch. final_NV: the model's logits there.
+    """
+
+    row_N: torch.Tensor
+    position_N: torch.Tensor
+    final_NV: torch.Tensor
+    _batch: Batch
+    _states: list[State]
+
+    def lenses(self) -> Iterator[torch.Tensor]:
+        """The lens's logits (N, V) of x^(0), ..., x^(L-1)."""
+        for state in self._states[:-1]:
+            yield self._batch.logits(state, self.row_N, self.position_N)
+
+
+@torch.no_grad()
+def slices(layerwise: Layerwise, batch: TokenBatch) -> Iterator[Slice]:
+    """All real positions of a batch, as many at a time as `SLICE` logits hold; the batch's states of all depths are held."""
+    made = layerwise.begin(batch.ids_BT, batch.mask_BT)
+    states: list[State] = [made.start()]
+    for index in range(len(layerwise)):
+        states.append(made.step(index, states[-1]))
+    kind = "cpu" if states[-1].hidden.device.type == "cpu" else "cuda"
+    mask_BT = torch.ones_like(batch.ids_BT) if batch.mask_BT is None else batch.mask_BT
+    row_P, position_P = mask_BT.nonzero(as_tuple=True)
+    vocab = layerwise.decoder.model.get_input_embeddings().weight.shape[0]
+    width = batch.ids_BT.shape[1]
+    # whole rows of positions at a time, as `Batch.logits` hands them over
+    each = max(1, SLICE[kind] // vocab // width) * width
+    for at in range(0, len(row_P), each):
+        row_N, position_N = row_P[at : at + each], position_P[at : at + each]
+        yield Slice(row_N, position_N, made.logits(states[-1], row_N, position_N), made, states)
+
+
+def token_budget(decoder: Decoder) -> int:
+    """Tokens of a batch whose states of all depths stay within `HELD` bytes."""
+    kind = "cpu" if decoder.device.type == "cpu" else "cuda"
+    features = decoder.model.get_input_embeddings().weight.shape[-1]
+    most = HELD[kind] // ((len(decoder) + 1) * features * (4 if kind == "cpu" else 2))
+    return max(1, min(most, 2048 if kind == "cpu" else 16384))
 
 
 def _divergences(lens_NV: torch.Tensor, final_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,7 +35,7 @@ MOMENTUM = 0.9
 CLIP = 1.0
 """Largest norm of the gradient of all maps together."""
 STATE = "training.safetensors"
-_SLICE = {"cpu": 1 << 22, "cuda": 1 << 26}
+_SLICE = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Logits of a slice of positions."""
 
 

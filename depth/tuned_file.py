@@ -187,7 +187,7 @@ def _must_hold(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Any
     for name in [*expected, *map(str, found)]:
         tensor = found.get(name)
         if name not in expected or not isinstance(tensor, torch.Tensor):
-            what = "missing" if name in expected else "too many"
+            what = "too many" if name not in expected else "no tensor" if name in found else "missing"
             raise Refused(f"the weights in {folder} do not belong to its {CONFIG}: {name} is {what}")
         if tuple(tensor.shape) != expected[name] or not tensor.is_floating_point():
             kind = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,12 +87,13 @@ def heal_settings(
     merge: str | None = None,
     validation: str | None = None,
     validation_samples: int | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> Healing:
     """Resolve and check the settings; None takes the recipe's value, or the default where there is no recipe.
 
     config: the model's config object, for its context length. A user's own `steps` shorten the warm-up to a tenth
     of them, unless the warm-up is given too. tokens: instead of steps, as many steps as hold them. Raises UsageError for a
-    value out of range, naming the option.
+    value out of range, naming the option. origins: of settings that a caller gave for the user.
     """
     if tokens is not None and steps is not None:
         raise UsageError(f"--heal-steps {steps} and --heal-tokens {tokens} both say how long to heal: give one of them")
@@ -142,6 +143,7 @@ def heal_settings(
     values |= {key: default if value is None else value for key, (value, default) in options.items()}
     _check_options(values)
     origin |= {"micro_batch": "ours" if micro_batch is None else "user", "seed": "user" if seed else "ours"}
+    origin |= origins or {}
     return Healing(**values, micro_batch=micro_batch, seed=seed, origin=origin)
 
 

@@ -83,6 +83,7 @@ def heal_checkpoint(
     validation_samples: int | None = None,
     memory: str | int | None = None,
     report_to: Sequence[str] = (),
+    origins: Mapping[str, str] | None = None,
     seed: int = 0,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -102,7 +103,8 @@ def heal_checkpoint(
     names. tokens: instead of steps. packing, adapters, distil, bridge, merge, validation: as in `Healing`.
     teacher: the unpruned model, for distil and bridge; by default the one that the cut's record names.
     memory: bytes of the GPU that may be taken, as a number or as text such as `16GiB`; None for most of what is free.
-    report_to: what transformers' Trainer reports to besides: tensorboard, wandb, trackio, ...
+    report_to: what transformers' Trainer reports to besides: tensorboard, wandb, trackio, ... origins: where settings that a
+    caller gives came from, if not from the user.
     adapter: folder for the LoRA adapter in peft's format, by default `out`/adapter; the record has its path from `out`.
     work: folder for the state that a killed run goes on from, by default the hidden sibling `.<name of out>.work`; it is
     removed at success.
@@ -129,7 +131,7 @@ def heal_checkpoint(
         config, recipe or source.recipe, data=data, steps=steps, learning_rate=learning_rate, lora_rank=lora_rank,
         dropout=dropout, warmup_steps=warmup_steps, batch_size=batch_size, micro_batch=micro_batch, length=length,
         targets=targets, seed=seed, tokens=tokens, packing=packing, adapters=adapters, distil=distil, bridge=bridge, merge=merge,
-        validation=validation, validation_samples=validation_samples,
+        validation=validation, validation_samples=validation_samples, origins=origins,
     )  # fmt: skip
     chosen = process_device(pick_device(device))
     check_device(chosen)
@@ -422,6 +424,7 @@ class Job:
             "order": packed.order,
             "validation": {
                 "documents": len(held),
+                "measured": len(validation),
                 "hash": hashlib.sha256(b"".join(sorted(map(document_hash, held)))).hexdigest(),
                 "left_out": packed.excluded,
             },
@@ -547,12 +550,13 @@ class Job:
 def format_healing(result: Mapping[str, Any], out: str | None) -> str:
     """The result of `heal_checkpoint` for people."""
     losses, seconds = result["losses"], result["seconds"]
+    taught = ", distillation's part included," if result["settings"].get("distil") else ""
     chosen = ", ".join(f"{key} {value}" for key, value in _told(result).items())
     lines = [
         f"{result['model']}: {result['steps']:,} steps, {result['tokens']:,} tokens of {result['documents']:,} documents",
         f"settings: {chosen}",
         f"trained: {result['trainable']:,} parameters in {', '.join(result['modules'])} ({result['quantisation']})",
-        f"training loss {losses['first']:.4f} -> {losses['last']:.4f} nats a token in {seconds['train']:,.0f} s; merged in "
+        f"training loss {losses['first']:.4f} -> {losses['last']:.4f} nats a token{taught} in {seconds['train']:,.0f} s; merged in "
         f"{seconds['merge']:,.0f} s",
         f"adapter: {result['adapter'] if out is None else Path(out) / result['adapter']}",
     ]

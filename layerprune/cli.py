@@ -312,7 +312,7 @@ def evaluate(tasks: str | None, eval_data: str | None, no_loss: bool, out: str |
 
 @main.command(short_help="How deep models think: probes, lens.")
 @click.option("--model", "models", required=True, multiple=True, metavar="M", help="Recipe name, Hub id or folder; repeatable.")
-@click.option("--probe", "probes", metavar="A,B", help="residual, lens  [all].")
+@click.option("--probe", "probes", metavar="A,B", help="residual, lens, tokens  [all].")
 @click.option("--reference", is_flag=True, help="Effective depth by the first layer past a threshold, as the paper's code has it.")
 @_options(_eval_data)
 @click.option("--samples", type=int, metavar="N", help="Documents read from the data  [64].")

@@ -56,6 +56,40 @@ def plot_lens(values: Values, folder: str | Path) -> list[Path]:
         return save(figure, Path(folder), "lens")
 
 
+def plot_tokens(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
+    """Draw tokens.json of one or several models, a row each: first choices and their flips by frequency, and the mean first
+    layer at which the final token has rank k or better (dotted: from which it keeps it); returns the files."""
+    with look():
+        figure = new_figure(9.2, 0.6 + 2.7 * len(values))
+        grid = figure.subplots(len(values), 3, squeeze=False)
+        for row, (model, found) in zip(grid, values.items(), strict=True):
+            layers = range(len(found["share"]))
+            for g, name in enumerate(found["buckets"]):
+                style: Any = {"color": COLOURS[g], "lw": 1.5}
+                row[0].plot(layers, [line[g] for line in found["share"]], label=name, **style)
+                row[0].plot([len(found["share"]) - 0.4], [found["share_final"][g]], "o", color=COLOURS[g], ms=4)
+                row[1].plot(layers, [_nan(line[g]) for line in found["flip_rate"]], **style)
+                row[2].plot(found["ranks"], [_nan(v) for v in found["decided"][g]], **style)
+                row[2].plot(found["ranks"], [_nan(v) for v in found["kept"][g]], color=COLOURS[g], lw=1, ls=":")
+            row[0].set_ylim(0, 1)
+            row[0].set_ylabel(model)
+            row[1].set_ylim(0, 1.02)
+            row[2].set_ylim(0, len(found["share"]))
+            row[2].set_xscale("log")
+        titles = ("share of first choices\n(dots: the model's own)", "changed until the end", "mean first layer with rank <= k")
+        for axes, title in zip(grid[0], titles, strict=True):
+            axes.set_title(title)
+        for axes, label in zip(grid[-1], ("layer (0-based)", "layer (0-based)", "k"), strict=True):
+            axes.set_xlabel(label)
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        return save(figure, Path(folder), "tokens")
+
+
+def _nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
 def _lines(axes: Any, lines: Mapping[str, Sequence[float | None]]) -> None:
     """One line a model against relative depth, so that models of different depths lie on one another."""
     for number, (model, values) in enumerate(lines.items()):

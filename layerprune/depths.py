@@ -20,8 +20,11 @@ from layerprune.stages import Say, to_stderr
 PROBES = {
     "residual": "cosine and relative size of what attention, MLP and layer add to the residual stream",
     "lens": "logit lens: divergence from the final prediction, and overlap of the top 5",
+    "tokens": "first choices by frequency and their flips, and when a token is decided",
 }
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 64, 512
+COUNTED = 2000
+"""Documents in which tokens are counted, at least: frequent ones are not known from a few."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def _probe(
     """Load one model, run its probes, store each when it is done."""
     from layerprune.depth.lens import lens_probe
     from layerprune.depth.residual import residual_probe
+    from layerprune.depth.tokens import count_buckets, tokens_probe
     from layerprune.model.config import vocab_size
     from layerprune.model.data import read_documents, tokenise
     from layerprune.model.decoder import view_decoder
@@ -142,13 +146,20 @@ def _probe(
     documents = read_documents(subject.data, "validation", samples, seed)
     sequences = tokenise(tokenizer, documents, subject.length, at_least=2, vocab=vocab, progress=progress)
     decoder = view_decoder(load_model(folder, device=device, dtype=dtype, trust_remote_code=trust, progress=progress))
+
+    def counted() -> Any:
+        more = read_documents(subject.data, "validation", max(samples, COUNTED), seed)
+        rows = decoder.model.get_input_embeddings().weight.shape[0]
+        return count_buckets(tokenise(tokenizer, more, subject.length, progress=progress), rows)
+
     runs: dict[str, Callable[[Callable[[int], None]], Any]] = {
         "residual": lambda told: residual_probe(decoder, sequences, progress=told),
         "lens": lambda told: lens_probe(decoder, sequences, progress=told),
+        "tokens": lambda told: tokens_probe(decoder, sequences, counted(), progress=told),
     }
     say(f"{subject.source.name}: {len(decoder)} layers, {len(sequences)} documents, {sum(map(len, sequences)):,} tokens")
     for probe in probes:
-        if probe == "lens" and not exact_branches(decoder, [tuple(range(len(decoder)))], vocab)[0]:
+        if probe in ("lens", "tokens") and not exact_branches(decoder, [tuple(range(len(decoder)))], vocab)[0]:
             raise Refused(
                 f"--probe {probe} cannot be used on this {type(decoder.model).__name__}: run layer by layer it gives other logits "
                 "than by itself; leave that probe out"
@@ -181,10 +192,10 @@ def _summary(subjects: Sequence[Subject], found: Mapping[str, Mapping[str, Any]]
 
 
 def _draw(folder: Path, subjects: Sequence[Subject], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    from layerprune.depth_plots import plot_lens, plot_residual
+    from layerprune.depth_plots import plot_lens, plot_residual, plot_tokens
 
     written: list[Path] = []
-    for name, draw in (("residual", plot_residual), ("lens", plot_lens)):
+    for name, draw in (("residual", plot_residual), ("lens", plot_lens), ("tokens", plot_tokens)):
         have = {label: probes[name] for label, probes in found.items() if name in probes}
         if have:
             written += draw(have, folder / "figures")

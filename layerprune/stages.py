@@ -113,6 +113,8 @@ class Stages:
         self._source = None
         setup = self.setup
         assert setup.heal is not None
+        # the documents that the result is measured on: training leaves them out
+        held = {"validation": setup.evaluation.data, "validation_samples": setup.evaluation.samples}
         heal_checkpoint(
             pruned,
             healed,
@@ -124,8 +126,8 @@ class Stages:
             work=work,
             report=self.say,
             progress=self.progress,
-            # the documents that the result is measured on: training leaves them out
-            **{"validation": setup.evaluation.data, "validation_samples": setup.evaluation.samples, **setup.heal_options},
+            origins={key: "ours" for key in held if key not in setup.heal_options},
+            **{**held, **setup.heal_options},
         )
 
     def ready(self) -> tuple[Any, Any]:

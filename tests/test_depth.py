@@ -18,6 +18,7 @@ from layerprune.depth.effective import by_cosine, by_kl, by_overlap, effective_d
 from layerprune.depth.lens import LensSum, lens_probe
 from layerprune.depth.parts import find_parts
 from layerprune.depth.residual import ResidualSum, residual_probe
+from layerprune.depth.tokens import BUCKETS, RANKS, bucket_names, count_buckets, tokens_probe
 from layerprune.depths import format_depth, probe_depth
 from layerprune.model.decoder import Decoder, view_decoder
 from layerprune.model.errors import UsageError
@@ -227,7 +228,7 @@ def test_the_command_writes_files_and_goes_on(run_inputs: Path, tmp_path: Path, 
     settings = {"eval_data": str(run_inputs / "loss.jsonl"), "samples": 6, "length": 16, "device": "cpu", "say": lambda line: None}
     whole = probe_depth(run_inputs / "model", out=tmp_path / "whole", **settings)
     (model,) = whole["models"]
-    assert model["effective_depth"] is not None and whole["probes"] == ["residual", "lens"]
+    assert model["effective_depth"] is not None and whole["probes"] == ["residual", "lens", "tokens"]
     for name in ("depth.json", "model/residual.json", "model/lens.json", "figures/residual.png", "figures/lens.svg"):
         assert (tmp_path / "whole" / name).stat().st_size > 0, name
     assert "effective depth" in format_depth(whole) and str(tmp_path / "whole") in format_depth(whole)
@@ -262,7 +263,7 @@ def test_several_models_lie_side_by_side(run_inputs: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"probes": ["lense"]}, "--probe 'lense' is none of residual, lens"),
+        ({"probes": ["lense"]}, "--probe 'lense' is none of residual, lens, tokens"),
         ({"probes": []}, "--probe '' is none of"),
         ({"samples": 0}, "--samples 0 is not a number above 0"),
         ({"length": 1}, "--length 1"),
@@ -277,3 +278,73 @@ def test_bad_input_is_refused_and_leaves_nothing(run_inputs: Path, tmp_path: Pat
     with pytest.raises(UsageError, match=told):
         probe_depth(run_inputs / "model", out=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+# Tokens by frequency
+
+
+def test_buckets_follow_the_counts_given() -> None:
+    ids = [7] * 30 + [3] * 20 + list(range(10, 25)) * 5 + list(range(100, 210)) * 2
+    buckets = count_buckets([ids[:40], ids[40:]], 300)
+    assert buckets[7] == buckets[3] == 0 and buckets[10] == 0 and buckets[17] == 0, "ties go by id: 7, 3 and the first eight"
+    assert buckets[18] == 1 and buckets[24] == 1 and buckets[100] == 1 and int((buckets == 1).sum()) == 90
+    assert buckets[209] == 2 and buckets[299] == len(BUCKETS), "what was not seen is rest"
+    assert bucket_names() == ["top 1-10", "top 11-100", "top 101-1000", "rest"]
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "GPT-NeoX", "Gemma-2"])
+def test_first_choices_flips_and_decisions_against_counting_by_hand(name: str, live: Callable[[str], Decoder]) -> None:
+    decoder = live(name)
+    sequences = documents(decoder, (11, 8))
+    vocab = decoder.model.get_input_embeddings().weight.shape[0]
+    buckets = torch.randint(0, 4, (vocab,), generator=torch.Generator().manual_seed(1))
+    found = tokens_probe(decoder, sequences, buckets, max_tokens=11)
+    layers = len(decoder)
+    said, flipped, own = torch.zeros(layers, 4), torch.zeros(layers, 4), torch.zeros(4)
+    first, last = torch.zeros(4, len(RANKS)), torch.zeros(4, len(RANKS))
+    for ids in sequences:
+        inputs: list[torch.Tensor] = []
+
+        def before(module: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor] = inputs) -> None:
+            inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in decoder.layers]
+        with torch.no_grad():
+            final = decoder.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].argmax(-1)
+        for handle in handles:
+            handle.remove()
+        ranks = torch.zeros(layers, len(ids))
+        for i, x in enumerate(inputs):
+
+            def inject(module: Any, args: Any, output: Any, x: torch.Tensor = x) -> Any:
+                return (x, *output[1:]) if isinstance(output, tuple) else x
+
+            handle = decoder.layers[-1].register_forward_hook(inject)
+            with torch.no_grad():
+                logits = decoder.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            handle.remove()
+            for t, answer in enumerate(final.tolist()):
+                top = int(logits[t].argmax())
+                said[i, buckets[top]] += 1
+                flipped[i, buckets[top]] += top != answer
+                ranks[i, t] = 1 + int((logits[t] > logits[t, answer]).sum())
+        for t, answer in enumerate(final.tolist()):
+            own[buckets[answer]] += 1
+            for k, rank in enumerate(RANKS):
+                good = [bool(r <= rank) for r in ranks[:, t]]
+                first[buckets[answer], k] += next((i for i, g in enumerate(good) if g), layers)
+                last[buckets[answer], k] += next((i for i in range(layers) if all(good[i:])), layers)
+    assert torch.equal(found.said_LG.float(), said) and torch.equal(found.flipped_LG.float(), flipped)
+    assert torch.equal(found.said_G.float(), own) and found.tokens == sum(map(len, sequences))
+    assert torch.equal(found.first_GK.float(), first) and torch.equal(found.last_GK.float(), last)
+    result = found.result()
+    assert sum(result["share"][0]) == pytest.approx(1) and sum(result["share_final"]) == pytest.approx(1)
+
+
+def test_token_sums_of_two_halves_are_the_whole(live: Callable[[str], Decoder]) -> None:
+    decoder = live("Qwen2")
+    sequences = documents(decoder, (9, 6, 11, 4))
+    buckets = count_buckets(sequences, decoder.model.get_input_embeddings().weight.shape[0])
+    whole, half = tokens_probe(decoder, sequences), tokens_probe(decoder, sequences[:2], buckets)
+    half.merge(tokens_probe(decoder, sequences[2:], buckets))
+    assert whole.result() == half.result()

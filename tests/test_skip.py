@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from layerprune.depth import skip
-from layerprune.depth.skip import SkipSum, depth_score, future_positions, skip_effects
+from layerprune.depth.skip import SkipSum, check_followed, depth_score, future_positions, skip_effects
 from layerprune.model.decoder import Decoder, hidden_of, view_decoder
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.load import load_model
@@ -112,7 +112,7 @@ def compare(total: SkipSum, expected: Brute) -> None:
         # the mean to 1e-5; one token's division by a small contribution magnifies rounding
         limit = 1e-5 if name == "mean" else 1e-4
         assert ((found.contribution_SL - effect_SL)[upper].abs() / effect_SL[upper].clamp(min=1)).max() < limit
-        assert (found.output_S - output_S).abs().max() < 1e-5 < output_S.max()
+        assert (found.output_S - output_S).abs().max() < min(1e-5, 1e-2 * output_S.max())
 
 
 @pytest.mark.parametrize("future", [False, True])
@@ -162,7 +162,9 @@ def test_skipping_an_identity_has_no_effect_to_the_bit(own_llama: Path, variant:
     assert (found.contribution_SL[2, 3:] == 0).all() and found.output_S[2] == 0
     # nor can a skip of others be seen in its contribution, which is nothing before and after
     assert (found.contribution_SL[:2, 2] == 0).all()
-    rest = [0, 1, 3, 4]
+    if variant == "future":
+        assert found.output_S[4] == 0  # earlier tokens are not looked at after the last layer
+    rest = [0, 1, 3, 4] if variant == "all" else [0, 1, 3]
     assert (found.output_S[rest] > 1e-3).all() and (found.contribution_SL[0, [1, 3, 4]] > 1e-3).all()
 
 
@@ -203,11 +205,13 @@ def test_half_of_the_layers_are_run(decoder: Decoder) -> None:
     ]
     docs = documents(320)
     counts = {}
+    check_followed(decoder)
+    check = sum(rows)
     for variant in ("all", "future"):
         rows.clear()
         counts[variant] = found = skip_effects(decoder, docs, variant=variant, max_tokens=60).result()
-        check = 2 * (1 + 5 + 5 + 4 + 2)  # the comparison before: tuple length, 2 rows through both models and the tree
-        assert abs(sum(rows) - found.applications) <= check
+        # tuple_length runs the first layer on one row for each batch
+        assert 1 <= sum(rows) - check - found.applications <= 4
         assert found.applications < 0.65 * found.naive
     assert counts["all"].applications == 4 * (5 + 4 + 3 + 2 + 1) and counts["all"].naive == 4 * (5 + 5 * 5)
     for hook in hooks:
@@ -258,6 +262,6 @@ def test_what_cannot_be_measured_is_refused(decoder: Decoder, own_llama: Path) -
         SkipSum(3).result("sum")
     live = load_model(own_llama, device="cpu", dtype="float32")
     with torch.no_grad():
-        live.model.embed_tokens.weight[50] = 1e38  # a token that the check of the model does not see
+        live.model.embed_tokens.weight[50] = torch.nan  # a token that the check of the model does not see
     with pytest.raises(Refused, match="not numbers"):
         skip_effects(view_decoder(live), [[1, 50, 3], [4, 5]])
