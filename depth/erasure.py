@@ -138,7 +138,9 @@ def erase(
         raise UsageError(f"the baseline is {tuple(baseline_LF.shape)}: this model needs {(layers + 1, features)}")
     answer_A = torch.arange(width - answer, width)
     vocab = vocab_size(decoder.model.config)
-    p_AV = torch.cat(list(distributions(batch, states[-1], torch.zeros_like(answer_A), answer_A, vocab)))
+    # rows whose answers' logits there is room for at once; the undisturbed rows are all alike, so those of one slice do
+    slice_rows = min(rows, max(1, LOGIT_BYTES // (4 * answer * vocab)))
+    p_nAV = _answers(batch, states[-1], 0, slice_rows, answer_A, vocab)
     largest, mean = torch.zeros(2, layers + 1, width + 1, dtype=torch.float64)
     for depth in range(layers + 1):
         for start in range(0, width, rows):
@@ -146,7 +148,7 @@ def erase(
             state = _erased(batch, states[depth], position_B, baseline_LF[depth])
             for layer in range(depth, layers):
                 state = batch.step(layer, state)
-            moved_BA = _moved(batch, state, answer_A, p_AV)
+            moved_BA = _moved(batch, state, answer_A, p_nAV)
             here = slice(start, min(start + rows, width))
             largest[depth, here] = moved_BA.amax(dim=1)[: here.stop - start]
             mean[depth, here] = moved_BA.mean(dim=1)[: here.stop - start]
@@ -171,13 +173,21 @@ def _erased(batch: Batch, state: State, position_B: torch.Tensor, baseline_F: to
     return State(layer_form(flat, state.hidden), state.fork().shared)
 
 
-def _moved(batch: Batch, state: State, answer_A: torch.Tensor, p_AV: torch.Tensor) -> torch.Tensor:
-    """|p - p'| (B, A) float64 on the CPU; as many rows at once as their logits leave room for."""
-    step = max(1, LOGIT_BYTES // (4 * p_AV.numel()))
-    found = []
-    for at in range(0, batch.rows, step):
-        row_B = torch.arange(at, min(at + step, batch.rows))
-        row_N, position_N = row_B.repeat_interleave(len(answer_A)), answer_A.repeat(len(row_B))
-        q_NV = torch.cat(list(distributions(batch, state, row_N, position_N, p_AV.shape[1])))
-        found.append((q_NV.view(len(row_B), *p_AV.shape) - p_AV).norm(dim=-1).double().cpu())
-    return torch.cat(found)
+def _answers(batch: Batch, state: State, start: int, count: int, answer_A: torch.Tensor, vocab: int) -> torch.Tensor:
+    """The distributions (n, A, V) that predict the answer, of n rows of x^(L)."""
+    row_N = torch.arange(start, start + count).repeat_interleave(len(answer_A))
+    return torch.cat(list(distributions(batch, state, row_N, answer_A.repeat(count), vocab))).unflatten(0, (count, -1))
+
+
+def _moved(batch: Batch, state: State, answer_A: torch.Tensor, p_nAV: torch.Tensor) -> torch.Tensor:
+    """|p - p'| (B, A), float64 on the CPU.
+
+    Every slice is of one shape, that of p, since another would change rounding: what is 0 shall be so; the last may overlap.
+    """
+    count, _, vocab = p_nAV.shape
+    moved_BA = torch.zeros(batch.rows, len(answer_A), dtype=torch.float64)
+    for start in range(0, batch.rows, count):
+        start = min(start, batch.rows - count)
+        q_nAV = _answers(batch, state, start, count, answer_A, vocab)
+        moved_BA[start : start + count] = (q_nAV - p_nAV).norm(dim=-1).cpu()
+    return moved_BA

@@ -312,20 +312,21 @@ def evaluate(tasks: str | None, eval_data: str | None, no_loss: bool, out: str |
 
 @main.command(short_help="How deep models think: probes, lens.")
 @click.option("--model", "models", required=True, multiple=True, metavar="M", help="Recipe name, Hub id or folder; repeatable.")
-@click.option("--probe", "probes", metavar="A,B", help="residual, lens, tokens  [all].")
+@click.option("--probe", "probes", metavar="A,B", help="residual, lens, tokens, choices  [all; choices with --tasks].")
 @click.option("--reference", is_flag=True, help="Effective depth by the first layer past a threshold, as the paper's code has it.")
-@_options(_eval_data)
+@click.option("--tasks", metavar="A,B", help="lm-eval tasks with letters as options, for the probe `choices`; `name:5` as in eval.")
+@_options(_limit, _task_folder, _eval_data)
 @click.option("--samples", type=int, metavar="N", help="Documents read from the data  [64].")
 @click.option("--length", type=int, metavar="T", help="Tokens a document is cut at  [512, or the model's context if shorter].")
 @_options(_seed, _dtype, _device, _trust, _out("runs/<model>-depth"), _json, _v)
-def depth(models: tuple[str, ...], probes: str | None, as_json: bool, **options: Any) -> None:
+def depth(models: tuple[str, ...], probes: str | None, tasks: str | None, as_json: bool, **options: Any) -> None:
     """Probe how deep models think: what each layer adds, when the prediction stands, effective depth.
 
     The same command again goes on where a killed one stopped; several models are set beside one another.
     """
     from layerprune.depths import format_depth, probe_depth
 
-    result = probe_depth(list(models), probes=_split(probes), progress=True, **options)
+    result = probe_depth(list(models), probes=_split(probes), tasks=_split(tasks), progress=True, **options)
     _print(result, as_json, lambda: format_depth(result))
 
 

@@ -86,6 +86,30 @@ def plot_tokens(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> 
         return save(figure, Path(folder), "tokens")
 
 
+def plot_choices(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
+    """Draw choices.json of one or several models, a panel a task and model: options listed, chosen, right; returns the files."""
+    panels = [(model, task, found) for model, tasks in values.items() for task, found in tasks.items()]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    lines = {"listed": "all options among the first", "mass": "probability of the options", "chosen": "the model's choice",
+             "right": "the right choice"}  # fmt: skip
+    with look():
+        figure = new_figure(0.6 + 3.1 * max(2, columns), 0.7 + 2.6 * rows)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, (model, task, found) in zip(grid.flat, panels, strict=False):
+            for colour, (name, label) in zip(COLOURS, lines.items(), strict=False):
+                if found[name] is not None:
+                    axes.plot(range(len(found[name])), found[name], color=colour, lw=1.5, label=label)
+            axes.set_ylim(0, 1.02)
+            axes.set_title(f"{model}: {task}")
+            axes.set_xlabel("tap: input of layer l (last: the model's end)")
+        for axes in list(grid.flat)[len(panels) :]:
+            axes.set_visible(False)
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2 if columns < 3 else 4)
+        return save(figure, Path(folder), "choices")
+
+
 def _nan(value: float | None) -> float:
     return float("nan") if value is None else value
 

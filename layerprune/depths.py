@@ -10,7 +10,7 @@ from typing import Any
 from layerprune.model.config import layer_count, load_config, pick_length
 from layerprune.model.data import check_data, data_fingerprint
 from layerprune.model.errors import Refused, UsageError
-from layerprune.model.fingerprint import checkpoint_fingerprint, tokenizer_fingerprint
+from layerprune.model.fingerprint import checkpoint_fingerprint, folder_fingerprint, tokenizer_fingerprint
 from layerprune.model.load import pick_device, pick_dtype
 from layerprune.model.recipes import EvalSettings
 from layerprune.model.source import ModelSource, find_model
@@ -21,6 +21,7 @@ PROBES = {
     "residual": "cosine and relative size of what attention, MLP and layer add to the residual stream",
     "lens": "logit lens: divergence from the final prediction, and overlap of the top 5",
     "tokens": "first choices by frequency and their flips, and when a token is decided",
+    "choices": "multiple choice in two stages: when options are listed, when one is chosen (with tasks only)",
 }
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 64, 512
 COUNTED = 2000
@@ -42,6 +43,9 @@ def probe_depth(
     models: str | Path | Sequence[str | Path],
     *,
     probes: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    task_folder: str | Path | None = None,
     eval_data: str | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -56,7 +60,8 @@ def probe_depth(
 ) -> dict[str, Any]:
     """Probe how deep one or several models think (arXiv 2512.14064): per layer, and as effective depth.
 
-    models: recipe names, Hub ids or folders. probes: of `PROBES`; None for all. eval_data: a file or `c4`, by default
+    models: recipe names, Hub ids or folders. probes: of `PROBES`; None for all. tasks, limit, task_folder: lm-eval tasks with
+    letters as options, for the probe `choices`. eval_data: a file or `c4`, by default
     each model's recipe's, else C4's validation split. samples: documents (64), length: tokens that they are cut at (512, or
     the model's context where that is shorter). reference: effective depth by the first layer that passes a threshold, as the
     paper's notebooks have it, instead of the first from which all pass.
@@ -65,7 +70,12 @@ def probe_depth(
     on, probe by probe. Returns depth.json's content with `folder`. Raises UsageError and Refused.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
-    chosen = _check_probes(probes)
+    chosen = _check_probes(probes, tasks)
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit} is not a number above 0")
+    if task_folder is not None and not Path(task_folder).is_dir():
+        raise UsageError(f"the task folder {task_folder} does not exist")
+    wanted = None if "choices" not in chosen else Wanted(tuple(tasks or ()), limit, task_folder)
     if samples is not None and samples < 1:
         raise UsageError(f"--samples {samples} is not a number above 0")
     pick_dtype(dtype, pick_device(device))
@@ -84,6 +94,7 @@ def probe_depth(
         "seed": seed,
         "dtype": dtype,
         "device": pick_device(device),
+        "choices": None if wanted is None else wanted.inputs(),
     }
     with open_run(folder, inputs, {"models": [s.source.name for s in subjects]}) as opened:
         if opened.other_versions():
@@ -92,7 +103,7 @@ def probe_depth(
         for subject in subjects:
             missing = [p for p in chosen if not (folder / subject.label / f"{p}.json").exists()]
             if missing:
-                _probe(opened, subject, missing, count, seed, dtype, device, trust_remote_code, progress, say)
+                _probe(opened, subject, missing, count, seed, dtype, device, trust_remote_code, progress, say, wanted)
             found[subject.label] = {p: opened.once(f"{subject.label}/{p}.json", dict) for p in chosen}
         result = _summary(subjects, found, reference)
         result["figures"] = _draw(folder, subjects, found)
@@ -101,8 +112,25 @@ def probe_depth(
         return {**opened.once("depth.json", lambda: result), "folder": str(folder)}
 
 
-def _check_probes(probes: Sequence[str] | None) -> list[str]:
-    chosen = list(PROBES) if probes is None else list(dict.fromkeys(probes))
+@dataclass(frozen=True)
+class Wanted:
+    """The tasks of the probe `choices`."""
+
+    tasks: tuple[str, ...]
+    limit: int | None
+    folder: str | Path | None
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides their items."""
+        folder = None if self.folder is None else folder_fingerprint(Path(self.folder))
+        return {"tasks": list(self.tasks), "limit": self.limit, "task_folder": folder}
+
+
+def _check_probes(probes: Sequence[str] | None, tasks: Sequence[str] | None) -> list[str]:
+    default = [p for p in PROBES if p != "choices" or tasks]
+    chosen = default if probes is None else list(dict.fromkeys(probes))
+    if "choices" in chosen and not tasks:
+        raise UsageError("--probe choices looks at the options of tasks: give --tasks, such as mmlu")
     odd = [p for p in chosen if p not in PROBES]
     if odd or not chosen:
         raise UsageError(f"--probe {odd[0] if odd else ''!r} is none of {', '.join(PROBES)}")
@@ -127,7 +155,7 @@ def _subjects(given: Sequence[str | Path], data: str | None, length: int | None,
 
 def _probe(
     opened: RunFolder, subject: Subject, probes: Sequence[str], samples: int, seed: int, dtype: str, device: str | None,
-    trust: bool, progress: bool, say: Say,
+    trust: bool, progress: bool, say: Say, wanted: Wanted | None,
 ) -> None:  # fmt: skip
     """Load one model, run its probes, store each when it is done."""
     from layerprune.depth.lens import lens_probe
@@ -159,15 +187,41 @@ def _probe(
     }
     say(f"{subject.source.name}: {len(decoder)} layers, {len(sequences)} documents, {sum(map(len, sequences)):,} tokens")
     for probe in probes:
-        if probe in ("lens", "tokens") and not exact_branches(decoder, [tuple(range(len(decoder)))], vocab)[0]:
+        if probe != "residual" and not exact_branches(decoder, [tuple(range(len(decoder)))], vocab)[0]:
             raise Refused(
                 f"--probe {probe} cannot be used on this {type(decoder.model).__name__}: run layer by layer it gives other logits "
                 "than by itself; leave that probe out"
             )
+        if probe == "choices":
+            assert wanted is not None
+            with opened.phase(f"{subject.label}: {probe}"):
+                by_task = _choices(decoder, tokenizer, wanted, subject, seed, progress)
+                opened.once(f"{subject.label}/{probe}.json", by_task.copy)
+            continue
         with opened.phase(f"{subject.label}: {probe}"), progress_bar(len(sequences), probe, "doc", progress) as bar:
             total = runs[probe](bar.update)
             measured = {**total.result(), "tokens": _tokens(total)}
             opened.once(f"{subject.label}/{probe}.json", measured.copy)
+
+
+def _choices(
+    decoder: Any, tokenizer: Any, wanted: Wanted, subject: Subject, seed: int, progress: bool
+) -> dict[str, Any]:
+    """The probe of every task, by task."""
+    from layerprune.choice_items import choice_items
+    from layerprune.depth.choices import choices_probe
+    from layerprune.eval.evaluate import parse_tasks
+    from layerprune.model.progress import progress_bar
+
+    recipe = subject.source.recipe
+    folder = wanted.folder or (recipe.tasks_path if recipe else None)
+    asked = parse_tasks(list(wanted.tasks), None, recipe)
+    items = choice_items(decoder.model, tokenizer, asked, None if folder is None else str(folder), wanted.limit, seed)
+    found = {}
+    for task, own in items.items():
+        with progress_bar(len(own), f"choices: {task}", "item", progress) as bar:
+            found[task] = choices_probe(decoder, own, progress=bar.update).result()
+    return found
 
 
 def _tokens(total: Any) -> int:
@@ -192,10 +246,10 @@ def _summary(subjects: Sequence[Subject], found: Mapping[str, Mapping[str, Any]]
 
 
 def _draw(folder: Path, subjects: Sequence[Subject], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    from layerprune.depth_plots import plot_lens, plot_residual, plot_tokens
+    from layerprune.depth_plots import plot_choices, plot_lens, plot_residual, plot_tokens
 
     written: list[Path] = []
-    for name, draw in (("residual", plot_residual), ("lens", plot_lens), ("tokens", plot_tokens)):
+    for name, draw in (("residual", plot_residual), ("lens", plot_lens), ("tokens", plot_tokens), ("choices", plot_choices)):
         have = {label: probes[name] for label, probes in found.items() if name in probes}
         if have:
             written += draw(have, folder / "figures")

@@ -41,7 +41,7 @@ FLAGS = {
     | {"--batch-size", "--micro-batch", "--memory", "--targets", "--adapters", "--distil", "--bridge", "--teacher"}
     | {"--packing", "--validation", "--merge", "--report-to"},
     "eval": COMMON | DATA | TASKS | {"--eval-data", "--no-loss"},
-    "depth": COMMON | DATA | {"--probe", "--reference", "--eval-data"},
+    "depth": COMMON | DATA | {"--probe", "--reference", "--eval-data", "--tasks", "--limit", "--task-folder"},
     "recipes": {"--json", "-h", "--help"},
     "check": {"--drop", "--device", "--json", "-h", "--help"},
 }

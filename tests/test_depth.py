@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from layerprune.cli import main
 from layerprune.depth import lens, residual
+from layerprune.depth.choices import Item, choices_probe
 from layerprune.depth.effective import by_cosine, by_kl, by_overlap, effective_depth
 from layerprune.depth.lens import LensSum, lens_probe
 from layerprune.depth.parts import find_parts
@@ -21,7 +22,7 @@ from layerprune.depth.residual import ResidualSum, residual_probe
 from layerprune.depth.tokens import BUCKETS, RANKS, bucket_names, count_buckets, tokens_probe
 from layerprune.depths import format_depth, probe_depth
 from layerprune.model.decoder import Decoder, view_decoder
-from layerprune.model.errors import UsageError
+from layerprune.model.errors import Refused, UsageError
 from layerprune.model.load import load_model
 
 torch.set_num_threads(1)
@@ -263,7 +264,9 @@ def test_several_models_lie_side_by_side(run_inputs: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"probes": ["lense"]}, "--probe 'lense' is none of residual, lens, tokens"),
+        ({"probes": ["lense"]}, "--probe 'lense' is none of residual, lens, tokens, choices"),
+        ({"probes": ["choices"]}, "--probe choices looks at the options of tasks: give --tasks"),
+        ({"limit": 0}, "--limit 0 is not"),
         ({"probes": []}, "--probe '' is none of"),
         ({"samples": 0}, "--samples 0 is not a number above 0"),
         ({"length": 1}, "--length 1"),
@@ -348,3 +351,74 @@ def test_token_sums_of_two_halves_are_the_whole(live: Callable[[str], Decoder]) 
     whole, half = tokens_probe(decoder, sequences), tokens_probe(decoder, sequences[:2], buckets)
     half.merge(tokens_probe(decoder, sequences[2:], buckets))
     assert whole.result() == half.result()
+
+
+# Multiple choice
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Falcon", "Gemma-2"])
+def test_options_by_layer_against_counting_by_hand(name: str, live: Callable[[str], Decoder]) -> None:
+    decoder = live(name)
+    contexts = documents(decoder, (6, 11, 8, 4))
+    items = [
+        Item(tuple(contexts[0]), (5, 9, 31), 1), Item(tuple(contexts[1]), (7, 8), None),
+        Item(tuple(contexts[2]), (40, 12, 20, 33), 3), Item(tuple(contexts[3]), (3, 4), 0),
+    ]  # fmt: skip
+    found = choices_probe(decoder, items, max_tokens=22).result()
+    layers = len(decoder)
+    listed, mass, rank, chosen, right = (torch.zeros(layers + 1, dtype=torch.float64) for _ in range(5))
+    for item in items:
+        ids = torch.tensor([item.context])
+        inputs: list[torch.Tensor] = []
+
+        def before(module: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor] = inputs) -> None:
+            inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in decoder.layers]
+        with torch.no_grad():
+            taps = [decoder.model(input_ids=ids, use_cache=False).logits[0, -1]]
+        for handle in handles:
+            handle.remove()
+        for x in inputs:
+
+            def inject(module: Any, args: Any, output: Any, x: torch.Tensor = x) -> Any:
+                return (x, *output[1:]) if isinstance(output, tuple) else x
+
+            handle = decoder.layers[-1].register_forward_hook(inject)
+            with torch.no_grad():
+                taps.insert(-1, decoder.model(input_ids=ids, use_cache=False).logits[0, -1])
+            handle.remove()
+        own = [[float(tap[o]) for o in item.options] for tap in taps]
+        last = own[-1].index(max(own[-1]))
+        for i, tap in enumerate(taps):
+            ranks = [1 + int((tap > tap[o]).sum()) for o in item.options]
+            listed[i] += all(r <= 2 * len(ranks) for r in ranks)
+            mass[i] += tap.double().softmax(0)[list(item.options)].sum()
+            rank[i] += torch.tensor(ranks, dtype=torch.float64).log().mean()
+            chosen[i] += own[i].index(max(own[i])) == last
+            right[i] += own[i].index(max(own[i])) == item.gold
+    assert found["listed"] == (listed / 4).tolist() and found["chosen"] == (chosen / 4).tolist() and found["items"] == 4
+    assert found["right"] == pytest.approx((right / 3).tolist()) and found["mass"] == pytest.approx((mass / 4).tolist(), abs=1e-6)
+    assert found["rank"] == pytest.approx((rank / 4).exp().tolist(), rel=1e-6) and found["chosen"][-1] == 1
+
+
+def test_items_that_cannot_be_told_apart_are_refused(live: Callable[[str], Decoder]) -> None:
+    decoder = live("Llama")
+    none: list[Item] = []
+    for items, told in ((none, "no multiple-choice item"), ([Item((3, 4), (5, 5), 0)], "same token"), ([Item((3,), (5,), 0)], "few")):
+        with pytest.raises(Refused, match=told):
+            choices_probe(decoder, items)
+
+
+def test_letters_of_a_task_become_items(run_inputs: Path, tmp_path: Path) -> None:
+    arguments = ["depth", "--model", "demo", "--probe", "choices", "--tasks", "demo_letters", "--limit", "5", "--samples", "2"]
+    done = CliRunner().invoke(main, [*arguments, "--device", "cpu", "--out", str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "demo" / "choices.json").read_text())["demo_letters"]
+    assert found["items"] == 5 and found["mass"][0] < 0.1 < 0.9 < found["mass"][-1] and found["listed"][-1] == 1
+    assert 0 < found["right"][-1] <= 1 and (tmp_path / "out" / "figures" / "choices.png").exists()
+    arguments = ["depth", "--model", str(run_inputs / "model"), "--probe", "choices", "--tasks", "tiny", "--device", "cpu"]
+    arguments += ["--task-folder", str(run_inputs / "tasks"), "--eval-data", str(run_inputs / "loss.jsonl")]
+    done = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "other")])
+    assert done.exit_code == 1 and "--tasks tiny has no items whose options are single tokens" in done.output
+    assert not (tmp_path / "other" / "depth.json").exists()

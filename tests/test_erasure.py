@@ -18,7 +18,7 @@ from layerprune.model.load import load_model
 
 torch.set_num_threads(1)
 
-NAMES = ["GPT-2", "GPT-J", "Falcon", "OPT", "Qwen3-MoE", "Gemma-2", "Gemma-3n", "Gemma-4", "Cohere2", "LFM2", "Mamba", "DeepSeek-V3"]
+NAMES = "GPT-2 GPT-J Falcon OPT Qwen3-MoE Gemma-2 Gemma-3n Gemma-4 Cohere2 LFM2 Mamba DeepSeek-V3".split()
 
 
 def documents(vocab: int, lengths: tuple[int, ...] = (12, 5, 9)) -> list[list[int]]:
@@ -100,10 +100,10 @@ def brute_force(decoder: Decoder, ids: list[int], answer: int, baseline: torch.T
 
 def compare(decoder: Decoder, docs: list[list[int]], answer: int, found: Erasure, baseline: torch.Tensor) -> None:
     largest, mean = brute_force(decoder, docs[0], answer, baseline)
-    assert largest.max() > 0.01 and largest.shape == found.max_LT.shape == (len(decoder) + 1, len(docs[0]))
-    assert (found.max_LT - largest).abs().max() < 1e-5
-    assert (found.mean_LT - mean).abs().max() < 1e-5
-    assert (largest - mean).max() > 1e-3
+    assert largest.max() > 1e-4 and largest.shape == found.max_LT.shape == (len(decoder) + 1, len(docs[0]))
+    limit = min(1e-5, 1e-2 * float(largest.max()))
+    assert (found.max_LT - largest).abs().max() < limit
+    assert (found.mean_LT - mean).abs().max() < limit < (largest - mean).max()
 
 
 @pytest.mark.parametrize("max_tokens", [1, 34, 4096])
@@ -177,7 +177,7 @@ def test_small_slices_of_the_head_change_nothing(decoder: Decoder, monkeypatch: 
     docs = documents(320)
     baseline = mean_states(decoder, docs).result()
     whole = erase(decoder, docs[0], 3, baseline)
-    monkeypatch.setattr(erasure, "LOGIT_BYTES", 4 * 320 * 3 * 4)
+    monkeypatch.setattr(erasure, "LOGIT_BYTES", 4 * 320 * 3 * 4)  # slices of 4, 4 and 3 of 11 rows
     sliced = erase(decoder, docs[0], 3, baseline)
     assert torch.allclose(sliced.max_LT, whole.max_LT, atol=1e-6) and torch.allclose(sliced.mean_LT, whole.mean_LT, atol=1e-6)
 

@@ -116,6 +116,9 @@ def test_the_peak_is_what_adding_up_gives() -> None:
     # all computed again: the way back holds a layer's own share too
     assert planner.peak(one, 1000, 0, 4) == int(SLACK * (1000 + 7 + 4 * 10 + 10 + 150))
     assert planner.peak(one, 1000, 3, 4) == int(SLACK * (1000 + 3 * (DECODED - PACKED) + 7 + 4 * 10 + 10 + 150))
+    # one that takes long on its way back is at the peak though another is kept
+    slow = replace(one, layers={i: replace(layer(), again_back=400) for i in range(4)})
+    assert planner.peak(slow, 1000, 0, 3) == int(SLACK * (1000 + 7 + 3 * 10 + 10 + 400))
     taught = planner_of(student_of(teaching=Teaching((0, 1, 2, 3), 1.0)))
     assert taught.peak(one, 1000, 0, 0) == int(SLACK * (1000 + 7 + 2 * 10 + 400 + 60)), "the teacher's state, and the one shared"
 

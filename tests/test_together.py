@@ -140,10 +140,25 @@ torch.set_num_threads(1)
 from pathlib import Path
 import accelerate, bitsandbytes, peft, transformers.models.llama.modeling_llama
 from layerprune.cli import main
-from layerprune.heal import merge, prepare, proof, trainer, train, watch
+from layerprune.heal import merge, prepare, proof, trainer, train, watch, world
+from layerprune.model.errors import Refused, UsageError
 
 watch.SAVE_SECONDS = 0.0
 root, limit = Path(sys.argv[1]), float(sys.argv[2])
+
+def meet(rank):  # what the processes tell one another; only the first one does the work, and fails at it
+    def work(error=None):
+        assert rank == 0
+        if error is not None:
+            raise error
+        return {"a": [1]}
+    print(world.first_alone(work, "cpu"), world.summed([rank + 1.0, 0.5], "cpu"), world.agreed(rank == 0))
+    for error in (UsageError("no: use 1"), Refused("never"), ValueError("odd")):
+        try:
+            world.first_alone(lambda: work(error), "cpu")
+        except Exception as told:
+            print(type(told).__name__, told)
+    world.leave()
 
 def start(rank, port, arguments, log, hold):
     child = os.fork()
@@ -163,7 +178,8 @@ def start(rank, port, arguments, log, hold):
         trainer.Trainer.training_step = held
     status = 70
     try:
-        main(arguments)
+        main(arguments) if arguments[0] == "heal" else meet(rank)
+        status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 71
     except BaseException:
@@ -254,6 +270,14 @@ def test_two_killed_processes_go_on_and_end_with_the_same_bytes(
     expected = digest(tmp_path / "undisturbed" / "model")
     assert "adapter/adapter_model.safetensors" in expected and digest(tmp_path / "killed" / "model") == expected
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["model"], "one folder"
+
+
+def test_what_the_first_process_finds_or_refuses_all_are_told(forks: Forks) -> None:
+    found = forks.run(["meet"])
+    assert found["status"] == [0, 0], found["err"]
+    first, second = (out.splitlines() for out in found["out"])
+    assert first == ["{'a': [1]} [3.0, 1.0] True", "UsageError no: use 1", "Refused never", "ValueError odd"]
+    assert second == [*first[:3], "Refused the first process failed: ValueError('odd')"]
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str, int]] = {

@@ -141,7 +141,7 @@ def test_evaluation_equals_brute_force(name: str, tmp_path: Path) -> None:
         found = evaluate_lens(decoder, sequences, lens, max_tokens=40)
         assert found.tokens == sum(map(len, sequences))
         assert difference(found.result(), expected) < 1e-5
-        assert min(expected["kl_final"][:-1]) > 1e-3
+        assert min(expected["kl_final"][:-1]) > 1e-4
 
 
 def test_small_slices_and_left_padding_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +314,7 @@ def test_a_planted_affine_end_has_a_known_lens() -> None:
         lens.translators[2].weight.copy_((eye + last.weight) @ (eye + before.weight) - eye)
         lens.translators[2].bias.copy_((eye + last.weight) @ before.bias + last.bias)
     found = evaluate_lens(decoder, sequences, lens).result()
-    assert max(found["kl_final"][2:]) < 1e-9 < 0.01 < min(found["kl_final"][:2])
+    assert max(found["kl_final"][2:]) < 1e-6 < 0.01 < min(found["kl_final"][:2])
     assert found["top1"][2:] == [1, 1]
 
 
