@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from layerprune.heal.fused import IGNORED
-from layerprune.heal.linear import stand_in
+from layerprune.heal.linear import is_packed, stand_in
 from layerprune.heal.memory import Memory, Planner, apply_plan, plan_on_cpu, trained_layers
 from layerprune.heal.merge import Stored, locate, quantised_linears
 from layerprune.heal.quantise import add_lora, compute_dtype, load_quantised, quiet_warnings, unquantised
@@ -93,12 +93,15 @@ def prepare(
     with progress_bar(len(places) + len(packed), "find weights", "layer", progress) as bar:
         where = locate([own for _, own in places], stored, layers, bar.update)
         quantised = locate(packed, stored, layers, bar.update)
-    exempt = sum(target.name in keep for target, _ in places)
+    exempt = sum(not is_packed(target.module) for target, _ in places)
     if exempt:
-        say(f"{exempt} of the {len(places)} linear layers stay unquantised: their widths do not fit NF4's blocks of 64")
+        say(
+            f"{exempt} of the {len(places)} linear layers stay unquantised: their widths do not fit NF4's blocks of 64, or "
+            "transformers does not know their kind"
+        )
     pattern = target_pattern(decoder, [target for target, _ in places])
     own_pattern = "|".join(map(re.escape, sorted(where))) if renamed else pattern
-    live = add_lora(live, pattern, settings, compute if sharded else None)
+    live = add_lora(live, pattern, settings, compute if sharded else None, {target.name for target, _ in places})
     if not sharded:
         stand_in(live)
     teaching = None
@@ -217,8 +220,6 @@ def _autocast(device: str) -> Any:
 def plan_memory(made: Prepared, settings: Healing, device: str, budget: int | None, positions: Any, work: Path, say: Say) -> Memory:
     """What the user gave, else what this healing was begun with, else the fastest that fits; the student is set up so."""
     world, begun = world_size(), work / "memory.json"
-    if settings.batch_size % world:
-        raise UsageError(f"--batch-size {settings.batch_size} cannot be shared by {world} processes: use a multiple of {world}")
     share = settings.batch_size // world
     if settings.micro_batch is not None and share % settings.micro_batch:
         fits = ", ".join(map(str, divisors(share)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from layerprune.heal.settings import Healing
 from layerprune.heal.targets import is_linear, linear_shape
+from layerprune.model.errors import Refused, one_line
 from layerprune.model.load import load_model
 
 NF4_BLOCK = 64
@@ -87,10 +88,13 @@ def compute_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def add_lora(model: Any, pattern: str, settings: Healing, dtype: torch.dtype | None = None) -> Any:
+def add_lora(
+    model: Any, pattern: str, settings: Healing, dtype: torch.dtype | None = None, wanted: Set[str] | None = None
+) -> Any:
     """Wrap the modules whose whole name matches `pattern` with LoRA; alpha equals the rank.
 
-    dtype: of the adapters, float32 where None.
+    dtype: of the adapters, float32 where None. wanted: the modules that must be wrapped, and no other. Raises Refused where
+    peft does otherwise.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -105,7 +109,16 @@ def add_lora(model: Any, pattern: str, settings: Healing, dtype: torch.dtype | N
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = get_peft_model(model, config)
+        try:
+            made = get_peft_model(model, config)
+        except ValueError as error:
+            raise Refused(f"peft cannot put adapters on this {type(model).__name__}: {one_line(error)}") from error
+    found = set(made.targeted_module_names)
+    if wanted is not None and found != wanted:
+        raise Refused(
+            f"peft puts adapters on {len(found)} linear layers of this {type(model).__name__}, and not on the {len(wanted)} "
+            f"asked for (such as {min(found ^ set(wanted))}): leave --adapters, --targets and --distil out"
+        )
     if dtype is not None:
         for parameter in made.parameters():
             if parameter.requires_grad:

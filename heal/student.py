@@ -56,6 +56,10 @@ class Student:
         self._vocab = decoder.model.get_input_embeddings().weight.shape[0]
         self._own = list(decoder.layers)
         self._adapters: list[LoraLinear] = lora_linears(decoder.model)
+        self._drops_out = any(
+            isinstance(m, torch.nn.Dropout) and m.p > 0 and "lora_" not in name for name, m in decoder.model.named_modules()
+        )
+        """Whether the model has a dropout of its own, beside the adapters'; its teacher is without."""
         self._fast: dict[int, Callable[..., Any]] = {}
         self._injected: torch.Tensor | None = None
         self._skipped: frozenset[int] = frozenset()
@@ -144,13 +148,18 @@ class Student:
     def _teach(self, input_ids: torch.Tensor, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The teacher's x^(L), and the state that the student goes on from."""
         assert self.teaching is not None
-        shared = self.teaching.shared
+        shared, model = self.teaching.shared, self.decoder.model
+        training = model.training
         self._leave, self._watched = len(self._own) - 1, shared - 1 if shared else None
         for adapter in self._adapters:
             adapter.active = False
+        if self._drops_out:
+            model.eval()
         try:
             return self.states(input_ids, inputs), self._seen
         finally:
+            if self._drops_out:
+                model.train(training)
             self._leave, self._watched, self._seen = self.kept[-1], None, None
             for adapter in self._adapters:
                 adapter.active = True

@@ -24,7 +24,7 @@ from layerprune.heal.packing import check_one_sequence
 from layerprune.heal.prepare import adapter_range, process_device
 from layerprune.heal.settings import Healing, heal_settings
 from layerprune.heal.teacher import Teacher, find_teacher
-from layerprune.heal.world import first_alone, rank, world_size
+from layerprune.heal.world import check_world, first_alone, rank, world_size
 from layerprune.model.config import layer_count, load_config, vocab_size
 from layerprune.model.cuts import Kept
 from layerprune.model.data import check_data, check_token_id, data_fingerprint, document_hash
@@ -135,6 +135,7 @@ def heal_checkpoint(
     )  # fmt: skip
     chosen = process_device(pick_device(device))
     check_device(chosen)
+    check_world(settings.batch_size, chosen)
     stored = read_checkpoint(source.folder)
     _refuse_quantised(source, config, stored)
     check_data(settings.data, "--heal-data", "train", seed)
@@ -300,6 +301,8 @@ def _work_folder(work: Path, identity: dict[str, Any], out: Path, device: str) -
     state = work / "heal.json"
 
     def begin() -> bool:
+        stack.enter_context(made_folder(work))
+        stack.enter_context(locked(work, "healing"))
         resumed = state.exists()
         if resumed:
             before = read_json(state)
@@ -316,9 +319,6 @@ def _work_folder(work: Path, identity: dict[str, Any], out: Path, device: str) -
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(no_space_refusal(out))
-        if rank() == 0:
-            stack.enter_context(made_folder(work))
-            stack.enter_context(locked(work, "healing"))
         resumed = first_alone(begin, device)
         try:
             yield resumed

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from layerprune.model.errors import LayerpruneError, Refused
+from layerprune.model.errors import LayerpruneError, Refused, UsageError
 
 Value = TypeVar("Value")
 
@@ -20,6 +20,24 @@ def world_size() -> int:
 def rank() -> int:
     """The number of this process among all, from 0."""
     return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+
+
+def check_world(batch_size: int, device: str) -> None:
+    """Refuse a batch that the processes cannot share, and sharding on a CPU, which accelerate leaves undone."""
+    world = world_size()
+    if batch_size % world:
+        raise UsageError(f"--batch-size {batch_size} cannot be shared by {world} processes: use a multiple of {world}")
+    if is_sharded() and device == "cpu":
+        raise UsageError("FSDP shards a model over GPUs, and --device is cpu: heal on the CPU with recipes/accelerate/ddp.yaml")
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether another process says the same of this refusal: of its settings, or of what the first one alone did."""
+    if rank() == 0:
+        return False
+    import torch.distributed
+
+    return bool(getattr(error, "from_the_first", False)) or not torch.distributed.is_initialized()
 
 
 def is_first() -> bool:
@@ -72,7 +90,9 @@ def first_alone(work: Callable[[], Value], device: str) -> Value:
         raise failure
     if told[0] is not None:
         kind, message = told[0]
-        raise kind(message)
+        refusal: Any = kind(message)
+        refusal.from_the_first = True
+        raise refusal
     return told[1]  # type: ignore[no-any-return]
 
 

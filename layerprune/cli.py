@@ -31,8 +31,15 @@ class _Group(click.Group):
         except LayerpruneError as error:
             if os.environ.get("LAYERPRUNE_VERBOSE"):
                 traceback.print_exc()
-            click.echo(f"Error: {error}", err=True)
+            if "RANK" not in os.environ or not _said_elsewhere(error):
+                click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+
+
+def _said_elsewhere(error: Exception) -> bool:
+    from layerprune.heal.world import is_echo
+
+    return is_echo(error)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -405,7 +406,8 @@ def test_options_by_layer_against_counting_by_hand(name: str, live: Callable[[st
 def test_items_that_cannot_be_told_apart_are_refused(live: Callable[[str], Decoder]) -> None:
     decoder = live("Llama")
     none: list[Item] = []
-    for items, told in ((none, "no multiple-choice item"), ([Item((3, 4), (5, 5), 0)], "same token"), ([Item((3,), (5,), 0)], "few")):
+    same, one = [Item((3, 4), (5, 5), 0)], [Item((3,), (5,), 0)]
+    for items, told in ((none, "no multiple-choice item"), (same, "same token"), (one, "fewer than two options")):
         with pytest.raises(Refused, match=told):
             choices_probe(decoder, items)
 
@@ -417,8 +419,14 @@ def test_letters_of_a_task_become_items(run_inputs: Path, tmp_path: Path) -> Non
     found = json.loads((tmp_path / "out" / "demo" / "choices.json").read_text())["demo_letters"]
     assert found["items"] == 5 and found["mass"][0] < 0.1 < 0.9 < found["mass"][-1] and found["listed"][-1] == 1
     assert 0 < found["right"][-1] <= 1 and (tmp_path / "out" / "figures" / "choices.png").exists()
+    source = shutil.copytree(run_inputs / "tasks", tmp_path / "tasks")
+    names = ["a river of stone", "the long winter road", "nothing at all"]
+    texts = [json.dumps({"question": "which", "choices": names, "gold": 0}) for _ in range(4)]
+    (source / "items.jsonl").write_text("\n".join(texts) + "\n")
+    for file in source.glob("*.yaml"):
+        file.write_text(file.read_text().replace(str(run_inputs / "tasks"), str(source)))
     arguments = ["depth", "--model", str(run_inputs / "model"), "--probe", "choices", "--tasks", "tiny", "--device", "cpu"]
-    arguments += ["--task-folder", str(run_inputs / "tasks"), "--eval-data", str(run_inputs / "loss.jsonl")]
+    arguments += ["--task-folder", str(source), "--eval-data", str(run_inputs / "loss.jsonl")]
     done = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "other")])
     assert done.exit_code == 1 and "--tasks tiny has no items whose options are single tokens" in done.output
     assert not (tmp_path / "other" / "depth.json").exists()

@@ -294,8 +294,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, int]] = {
 @pytest.mark.parametrize("why", REFUSALS)
 def test_a_refusal_ends_both_processes(why: str, source: Path, forks: Forks, tmp_path: Path, request: Any) -> None:
     """By themselves: nobody ends the one that would wait for the other."""
-    if why == "another healing":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="the first process locks the work folder before it meets others"))
     changed, told, status = REFUSALS[why]
     out = tmp_path / "model"
     (tmp_path / "few.jsonl").write_text(json.dumps({"text": "river stone"}) + "\n")
