@@ -319,7 +319,10 @@ def evaluate(tasks: str | None, eval_data: str | None, no_loss: bool, out: str |
 
 @main.command(short_help="How deep models think: probes, lens.")
 @click.option("--model", "models", required=True, multiple=True, metavar="M", help="Recipe name, Hub id or folder; repeatable.")
-@click.option("--probe", "probes", metavar="A,B", help="residual, lens, tokens, choices  [all; choices with --tasks].")
+@click.option(
+    "--probe", "probes", metavar="A,B",
+    help="residual, lens, tokens, choices, skip  [the first three; choices with --tasks].",
+)  # fmt: skip
 @click.option("--reference", is_flag=True, help="Effective depth by the first layer past a threshold, as the paper's code has it.")
 @click.option("--tasks", metavar="A,B", help="lm-eval tasks with letters as options, for the probe `choices`; `name:5` as in eval.")
 @_options(_limit, _task_folder, _eval_data)

@@ -110,6 +110,29 @@ def plot_choices(values: Mapping[str, Mapping[str, Any]], folder: str | Path) ->
         return save(figure, Path(folder), "choices")
 
 
+def plot_skip(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
+    """Draw skip.json of one or several models, a row each: the map of mean effects on later layers for future tokens, and the
+    effect on the output by layer, for future and for all tokens; returns the files."""
+    import numpy as np
+
+    with look():
+        figure = new_figure(9.2, 0.6 + 3.2 * len(values))
+        grid = figure.subplots(len(values), 2, squeeze=False)
+        for row, (model, found) in zip(grid, values.items(), strict=True):
+            shown_SL = np.array([[_nan(v) for v in line] for line in found["future"]["mean"]["contribution"]], dtype=float)
+            image = row[0].imshow(shown_SL.T, origin="lower", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+            bar = figure.colorbar(image, ax=row[0], pad=0.02)
+            bar.set_label("change of its contribution")
+            bar.outline.set_visible(False)
+            row[0].set(xlabel="layer skipped (0-based)", ylabel="layer observed", title=f"{model}: future tokens")
+            for variant, colour in (("future", COLOURS[0]), ("all", COLOURS[1])):
+                row[1].plot(found[variant]["mean"]["output"], color=colour, lw=1.5, label=f"{variant} tokens")
+            row[1].set_ylim(0, None)
+            row[1].set(xlabel="layer skipped (0-based)", ylabel="change of the output (L2)")
+            row[1].legend()
+        return save(figure, Path(folder), "skip")
+
+
 def _nan(value: float | None) -> float:
     return float("nan") if value is None else value
 

@@ -22,6 +22,7 @@ PROBES = {
     "lens": "logit lens: divergence from the final prediction, and overlap of the top 5",
     "tokens": "first choices by frequency and their flips, and when a token is decided",
     "choices": "multiple choice in two stages: when options are listed, when one is chosen (with tasks only)",
+    "skip": "what skipping a layer does to later layers and to the output (about L / 2 passes, not by default)",
 }
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 64, 512
 COUNTED = 2000
@@ -60,9 +61,9 @@ def probe_depth(
 ) -> dict[str, Any]:
     """Probe how deep one or several models think (arXiv 2512.14064): per layer, and as effective depth.
 
-    models: recipe names, Hub ids or folders. probes: of `PROBES`; None for all. tasks, limit, task_folder: lm-eval tasks with
-    letters as options, for the probe `choices`. eval_data: a file or `c4`, by default
-    each model's recipe's, else C4's validation split. samples: documents (64), length: tokens that they are cut at (512, or
+    models: recipe names, Hub ids or folders. probes: of `PROBES`; None for the cheap ones. tasks, limit, task_folder: lm-eval
+    tasks with letters as options, for the probe `choices`. eval_data: a file or `c4`, by default each model's recipe's, else
+    C4's validation split. samples: documents (64), length: tokens that they are cut at (512, or
     the model's context where that is shorter). reference: effective depth by the first layer that passes a threshold, as the
     paper's notebooks have it, instead of the first from which all pass.
 
@@ -127,7 +128,7 @@ class Wanted:
 
 
 def _check_probes(probes: Sequence[str] | None, tasks: Sequence[str] | None) -> list[str]:
-    default = [p for p in PROBES if p != "choices" or tasks]
+    default = [p for p in PROBES if p != "skip" and (p != "choices" or tasks)]
     chosen = default if probes is None else list(dict.fromkeys(probes))
     if "choices" in chosen and not tasks:
         raise UsageError("--probe choices looks at the options of tasks: give --tasks, such as mmlu")
@@ -192,6 +193,11 @@ def _probe(
                 f"--probe {probe} cannot be used on this {type(decoder.model).__name__}: run layer by layer it gives other logits "
                 "than by itself; leave that probe out"
             )
+        if probe == "skip":
+            with opened.phase(f"{subject.label}: {probe}"):
+                effects = _skips(decoder, sequences, progress)
+                opened.once(f"{subject.label}/{probe}.json", effects.copy)
+            continue
         if probe == "choices":
             assert wanted is not None
             with opened.phase(f"{subject.label}: {probe}"):
@@ -224,6 +230,25 @@ def _choices(
     return found
 
 
+def _skips(decoder: Any, sequences: list[list[int]], progress: bool) -> dict[str, Any]:
+    """Both variants: skipped at all tokens but the first, and only at those before the ones that are measured."""
+    from layerprune.depth.skip import VARIANTS, skip_effects
+    from layerprune.model.progress import progress_bar
+
+    found: dict[str, Any] = {}
+    for variant in VARIANTS:
+        with progress_bar(len(sequences), f"skip: {variant}", "doc", progress) as bar:
+            total = skip_effects(decoder, sequences, variant=variant, progress=bar.update)
+        found[variant] = {}
+        for aggregate in ("mean", "max"):
+            effects = total.result(aggregate)
+            rows = [[None if v != v else v for v in row] for row in effects.contribution_SL.tolist()]
+            found[variant][aggregate] = {"contribution": rows, "output": effects.output_S.tolist(), "score": effects.score}
+        counted = {"documents": effects.documents, "positions": effects.positions, "tokens": effects.tokens}
+        found[variant] |= {**counted, "applications": effects.applications, "naive": effects.naive}
+    return found
+
+
 def _tokens(total: Any) -> int:
     tokens = total.tokens_L.max().item() if hasattr(total, "tokens_L") else total.tokens
     return int(tokens)
@@ -246,10 +271,11 @@ def _summary(subjects: Sequence[Subject], found: Mapping[str, Mapping[str, Any]]
 
 
 def _draw(folder: Path, subjects: Sequence[Subject], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    from layerprune.depth_plots import plot_choices, plot_lens, plot_residual, plot_tokens
+    from layerprune.depth_plots import plot_choices, plot_lens, plot_residual, plot_skip, plot_tokens
 
     written: list[Path] = []
-    for name, draw in (("residual", plot_residual), ("lens", plot_lens), ("tokens", plot_tokens), ("choices", plot_choices)):
+    draws = {"residual": plot_residual, "lens": plot_lens, "tokens": plot_tokens, "choices": plot_choices, "skip": plot_skip}
+    for name, draw in draws.items():
         have = {label: probes[name] for label, probes in found.items() if name in probes}
         if have:
             written += draw(have, folder / "figures")

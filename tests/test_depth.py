@@ -251,6 +251,16 @@ def test_the_command_writes_files_and_goes_on(run_inputs: Path, tmp_path: Path, 
         probe_depth(run_inputs / "model", out=tmp_path / "killed", **{**settings, "samples": 5})
 
 
+def test_the_skip_map_is_written_and_drawn(run_inputs: Path, tmp_path: Path) -> None:
+    settings = {"eval_data": str(run_inputs / "loss.jsonl"), "samples": 3, "length": 20, "device": "cpu"}
+    probe_depth(run_inputs / "model", probes=["skip"], out=tmp_path / "out", say=lambda line: None, **settings)
+    found = json.loads((tmp_path / "out" / "model" / "skip.json").read_text())
+    assert set(found) == {"all", "future"} and found["all"]["applications"] < 0.6 * found["all"]["naive"]
+    mean = found["all"]["mean"]
+    assert len(mean["output"]) == 8 and mean["contribution"][3][3] is None and mean["contribution"][3][4] > 0
+    assert (tmp_path / "out" / "figures" / "skip.png").exists()
+
+
 def test_several_models_lie_side_by_side(run_inputs: Path, tmp_path: Path) -> None:
     arguments = ["depth", "--model", str(run_inputs / "model"), "--model", str(run_inputs / "model"), "--probe", "residual"]
     arguments += ["--eval-data", str(run_inputs / "loss.jsonl"), "--samples", "3", "--length", "12", "--device", "cpu"]
@@ -265,7 +275,7 @@ def test_several_models_lie_side_by_side(run_inputs: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"probes": ["lense"]}, "--probe 'lense' is none of residual, lens, tokens, choices"),
+        ({"probes": ["lense"]}, "--probe 'lense' is none of residual, lens, tokens, choices, skip"),
         ({"probes": ["choices"]}, "--probe choices looks at the options of tasks: give --tasks"),
         ({"limit": 0}, "--limit 0 is not"),
         ({"probes": []}, "--probe '' is none of"),

@@ -218,6 +218,23 @@ def test_half_of_the_layers_are_run(decoder: Decoder) -> None:
         hook.remove()
 
 
+@pytest.mark.parametrize("variant", ["all", "future"])
+def test_a_batch_that_does_not_fit_is_halved(decoder: Decoder, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = documents(320)
+    whole = skip_effects(decoder, docs, variant=variant).result()
+    original = skip._batch_effects
+
+    def small(decoder: Decoder, tokens: Any, *args: Any) -> SkipSum:
+        if len(tokens.ids_BT) > 1:
+            raise torch.cuda.OutOfMemoryError
+        return original(decoder, tokens, *args)
+
+    monkeypatch.setattr(skip, "_batch_effects", small)
+    halved = skip_effects(decoder, docs, variant=variant).result()
+    assert torch.allclose(halved.contribution_SL, whole.contribution_SL, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert (halved.documents, halved.tokens) == (whole.documents, whole.tokens)
+
+
 def test_small_slices_of_the_head_change_nothing(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     docs = documents(320)
     whole = skip_effects(decoder, docs).result()
