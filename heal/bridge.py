@@ -17,7 +17,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from layerprune.heal.targets import Target, is_linear, linear_shape, mlp_linears
 from layerprune.heal.teacher import find_teacher, prove_pair
 from layerprune.model.config import load_config, pick_length, vocab_size
 from layerprune.model.cuts import Kept
-from layerprune.model.data import TokenBatch, batches, check_data, data_fingerprint, read_documents, tokenise
+from layerprune.model.data import TokenBatch, batches, check_data, data_fingerprint, document_hash, read_documents, tokenise
 from layerprune.model.decoder import Decoder, Stop, first_hidden, forward_logits, hidden_of, replaced_forwards, view_decoder
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import must_have_room, must_not_exist, new_folder, read_json, write_json, write_text
@@ -297,6 +297,7 @@ def bridge_checkpoint(
     trust_remote_code: bool = False,
     progress: bool = False,
     report: Say | None = None,
+    exclude: Set[bytes] = frozenset(),
 ) -> dict[str, Any]:
     """Write a cut checkpoint with a linear bridge over each cut, fitted without training, to the folder `out`.
 
@@ -338,7 +339,10 @@ def bridge_checkpoint(
 
     started = time.perf_counter()
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    documents = read_documents(data, "train", samples, seed)
+    drawn = read_documents(data, "train", samples + len(exclude), seed)
+    documents = [text for text in drawn if document_hash(text) not in exclude][:samples]
+    if exclude and len(documents) < 2:
+        raise Refused(f"{data} leaves {len(documents)} documents beside the held-out ones: a bridge is fitted on two at least")
     sequences = tokenise(tokenizer, documents, length, vocab=vocab_size(config), progress=progress)
     fit, held = split_documents(sequences, seed)
     live = load_model(original.source.folder, device=device, trust_remote_code=trust_remote_code, progress=progress)

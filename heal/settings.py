@@ -95,6 +95,8 @@ def heal_settings(
     of them, unless the warm-up is given too. tokens: instead of steps, as many steps as hold them. Raises UsageError for a
     value out of range, naming the option. origins: of settings that a caller gave for the user.
     """
+    if targets is not None and not targets:
+        raise UsageError("--targets is empty: give mlp, attention or names, or leave it out for the MLP")
     if tokens is not None and steps is not None:
         raise UsageError(f"--heal-steps {steps} and --heal-tokens {tokens} both say how long to heal: give one of them")
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -173,7 +175,7 @@ def _check_options(values: dict[str, Any]) -> None:
         if values[key] not in allowed:
             raise UsageError(f"{option} {values[key]} is none of {', '.join(a for a in allowed if a)}")
     kind, _, size = values["adapters"].partition(":")
-    if not (values["adapters"] in ("all", "after") or (kind == "window" and size.isdigit() and int(size) > 0)):
+    if not (values["adapters"] in ("all", "after") or (kind == "window" and size.isascii() and size.isdecimal() and int(size) > 0)):
         raise UsageError(f"--adapters {values['adapters']} is none of all, after, window:K (K layers on each side of the cut)")
     if not 0 <= values["distil"] <= 100:
         raise UsageError(f"--distil {values['distil']:g} is no weight from 0 to 100, such as 1")

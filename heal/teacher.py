@@ -46,6 +46,11 @@ def seam(kept: Kept) -> int:
     return next((new for new, old in enumerate(kept) if new != old), len(kept))
 
 
+def kept_layers(source: ModelSource) -> Kept:
+    """The layers that stayed of the model before the first cut, or of the last one that was trained in between."""
+    return _origins(source)[-1].kept
+
+
 def find_teacher(source: ModelSource, given: str | None = None, trust_remote_code: bool = False) -> Teacher:
     """The model that the checkpoint `source` was cut from: the one `given` (recipe, Hub id or folder), else its record's.
 

@@ -23,7 +23,7 @@ from layerprune.heal.memory import Memory
 from layerprune.heal.packing import check_one_sequence
 from layerprune.heal.prepare import adapter_range, process_device
 from layerprune.heal.settings import Healing, heal_settings
-from layerprune.heal.teacher import Teacher, find_teacher
+from layerprune.heal.teacher import Teacher, find_teacher, kept_layers
 from layerprune.heal.world import check_world, first_alone, rank, world_size
 from layerprune.model.config import layer_count, load_config, vocab_size
 from layerprune.model.cuts import Kept
@@ -112,7 +112,7 @@ def heal_checkpoint(
 
     The base is held in NF4 with double quantisation, or decoded from it where memory allows; the merge is in float32, rounded
     once, and every tensor that was not trained is copied byte for byte (merge="weights"). On one CPU, the same seed gives the
-    same bytes, also when the run was killed and started again.
+    same weights to the last bit, also when the run was killed and started again.
     Under `accelerate launch` every process calls this; the first one packs and writes, all of them train.
     Returns what `out`/layerprune.json holds under "healing": settings, their origins, losses, seconds. Raises
     UsageError and Refused; nothing is left at `out` then.
@@ -123,7 +123,14 @@ def heal_checkpoint(
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     out = Path(out).absolute()
     work = out.parent / f".{out.name}.work" if work is None else Path(work).absolute()
-    first_alone(lambda: must_not_exist(out), device or "auto")
+    check_reports(report_to)
+
+    def begin() -> None:
+        if (out / "layerprune.json").exists() and (work / "trained.json").exists():
+            shutil.rmtree(work)  # of a healing that was killed after all but this was done
+        must_not_exist(out)
+
+    first_alone(begin, device or "auto")
     source = find_model(str(model))
     budget = byte_count(memory, "--memory")
     config = load_config(source.folder, trust_remote_code)
@@ -175,7 +182,7 @@ def _kept(source: ModelSource) -> Kept | None:
     """The layers that were kept, by the checkpoint's own record; None where it is no cut."""
     path = source.folder / "layerprune.json"
     record = read_json(path) if path.exists() else {}
-    return tuple(record["kept"]) if isinstance(record, Mapping) and "kept" in record else None
+    return kept_layers(source) if isinstance(record, Mapping) and "kept" in record else None
 
 
 def _teacher(source: ModelSource, settings: Healing, given: str | Path | None, trust: bool) -> Teacher | None:
@@ -188,6 +195,21 @@ def _teacher(source: ModelSource, settings: Healing, given: str | Path | None, t
             raise UsageError(f"--teacher {given} is for --distil or --bridge: give one of them, or leave it out")
         return None
     return find_teacher(source, None if given is None else str(given), trust)
+
+
+def check_reports(report_to: Sequence[str]) -> None:
+    """Refuse what transformers' Trainer cannot report to here, before anything expensive starts."""
+    if not report_to:
+        return
+    from transformers.integrations import get_available_reporting_integrations
+
+    there = get_available_reporting_integrations()
+    odd = [name for name in report_to if name not in (*there, "all", "none")]
+    if odd:
+        raise UsageError(
+            f"--report-to {odd[0]} is not to be had here: install its package"
+            + (f", or take one of {', '.join(there)}" if there else "")
+        )
 
 
 def check_device(device: str) -> None:
@@ -204,6 +226,7 @@ def check_healing(source: ModelSource, *, data: str, seed: int = 0, trust_remote
     """
     config = load_config(source.folder, trust_remote_code)
     byte_count(settings.pop("memory", None), "--memory")
+    check_reports(settings.get("report_to") or ())
     elsewhere = {key: settings.pop(key) for key in ("report_to", "teacher") if key in settings}
     chosen = heal_settings(config, source.recipe, data=data, seed=seed, **settings)
     if "teacher" in elsewhere and not (chosen.distil or chosen.bridge):
@@ -278,8 +301,7 @@ def _refuse_fused(source: ModelSource, settings: Healing, trust: bool) -> None:
 def _identity(source: ModelSource, settings: Healing, device: str, teacher: Teacher | None) -> dict[str, Any]:
     """What decides the trained weights: a started healing is gone on with only if all of it is the same."""
     chosen = settings.record()
-    for key in ("micro_batch", "merge"):  # a run that ran out of memory may go on with a smaller one
-        del chosen[key]
+    del chosen["micro_batch"]  # a run that ran out of memory may go on with a smaller one
     return {
         **chosen,
         "data": data_fingerprint(settings.data),
@@ -377,7 +399,7 @@ class Job:
         return dict(bridge_checkpoint(
             self.source.folder, out, teacher=self.teacher.source.folder, data=self.settings.data, length=self.settings.length,
             form=self.settings.bridge, seed=self.settings.seed, device=self.device, trust_remote_code=self.trust,
-            progress=self.progress, report=self.say,
+            progress=self.progress, report=self.say, exclude=frozenset(map(document_hash, self._held_out())),
         ))  # fmt: skip
 
     def train(self) -> None:
@@ -388,7 +410,7 @@ class Job:
         settings, work, say = self.settings, self.work, self.say
         tokenizer = load_tokenizer(self.source.folder, self.trust)
         vocab = vocab_size(load_config(self.source.folder, self.trust))
-        held = first_alone(lambda: self._held_out(tokenizer), self.device)
+        held = first_alone(self._held_out, self.device)
         packed = self._packed(tokenizer, held)
         check_token_id(int(packed.ids_NT.max()), vocab)
         if packed.epochs > 1:
@@ -438,7 +460,7 @@ class Job:
         }
         first_alone(lambda: write_json(work / "trained.json", about), self.device)
 
-    def _held_out(self, tokenizer: Any) -> list[str]:
+    def _held_out(self) -> list[str]:
         from layerprune.heal.packing import validation_documents
 
         chosen = self.settings
@@ -466,6 +488,16 @@ class Job:
         healing = self._record(trained)
         healing["seconds"] = self._write(healing, trained)
         return healing
+
+    def _keep_bridge(self) -> None:
+        """The bridged tensors beside the adapter, which was trained on them: with these in the cut it fits."""
+        from safetensors.torch import save_file
+
+        from layerprune.heal.merge import read_tensor
+
+        bridges = read_json(self.source.folder / "layerprune.json")["bridge"]["bridges"]
+        tensors = {bridge["tensor"]: read_tensor(self.stored[bridge["tensor"]]) for bridge in bridges}
+        save_file(tensors, self.work / "adapter" / "bridge.safetensors", metadata={"format": "pt"})
 
     def _record(self, trained: Mapping[str, Any]) -> dict[str, Any]:
         names = ("layerprune", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
@@ -514,6 +546,8 @@ class Job:
             for key in ("where", "quantised")
         )
         compute = getattr(torch, trained["compute"])
+        if self.settings.bridge is not None:
+            self._keep_bridge()
         with new_folder(out) as folder:
             for path in sorted(source.folder.iterdir()):
                 if path.is_file() and path.name not in _RESULTS and not path.name.endswith(_NOT_CARRIED):
@@ -535,7 +569,8 @@ class Job:
                 self.say(f"  {what}: {how}")
             before = source.folder / "layerprune.json"
             record = read_json(before) if before.exists() else {"source": source.name, "hub_id": source.hub_id}
-            record["healing"] = {**healing, "seconds": seconds}
+            earlier = {"previous": record["healing"]} if "healing" in record else {}
+            record["healing"] = {**healing, "seconds": seconds, **earlier}
             write_json(folder / "layerprune.json", record)
             write_text(folder / "README.md", healed_card(record, out.name, source.folder))
             if self.outside is None:
@@ -549,6 +584,10 @@ class Job:
 
 def format_healing(result: Mapping[str, Any], out: str | None) -> str:
     """The result of `heal_checkpoint` for people."""
+    from layerprune.heal.bridge import format_bridges
+
+    if "losses" not in result:  # bridged, and not trained
+        return "\n".join([*format_bridges(result), *([f"checkpoint: {out}"] if out is not None else [])])
     losses, seconds = result["losses"], result["seconds"]
     taught = ", distillation's part included," if result["settings"].get("distil") else ""
     chosen = ", ".join(f"{key} {value}" for key, value in _told(result).items())

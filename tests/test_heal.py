@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -462,3 +463,84 @@ def test_a_second_gpu_is_refused_in_words_that_help() -> None:
         check_device(device)
     with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=1"):
         check_device("cuda:1")
+
+
+# What a tester found
+
+
+@pytest.fixture(scope="module")
+def cut_pair(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cut of a bf16 model, with its original beside it."""
+    from layerprune.prune.cut import prune_checkpoint
+
+    source = tmp_path_factory.mktemp("pair") / "whole"
+    shutil.copytree(base, source)
+    (source / "layerprune.json").unlink()
+    prune_checkpoint(str(source), source.parent / "cut", layers="1:2")
+    return source.parent / "cut"
+
+
+def test_a_bridge_alone_is_told_and_leaves_the_held_out_documents(
+    cut_pair: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layerprune.heal import bridge
+    from layerprune.heal.packing import validation_documents
+    from layerprune.model.data import document_hash
+
+    used: list[str] = []
+    read = bridge.tokenise
+
+    def seen(tokenizer: Any, texts: list[str], *args: Any, **kwargs: Any) -> Any:
+        used.extend(texts)
+        return read(tokenizer, texts, *args, **kwargs)
+
+    monkeypatch.setattr(bridge, "tokenise", seen)
+    more = {"data": data, "length": 32, "device": "cpu", "report": lambda line: None}
+    result = heal_checkpoint(cut_pair, tmp_path / "bridged", bridge="map", steps=0, **more)
+    assert "bridge over layers" in format_healing(result, str(tmp_path / "bridged"))
+    held = set(map(document_hash, validation_documents(None, data, 32, 0)))
+    assert held and used and not held & set(map(document_hash, used))
+
+
+def test_an_adapter_trained_on_a_bridge_comes_with_its_tensors(cut_pair: Path, data: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    small = {**SMALL, "steps": 3}
+    heal_checkpoint(cut_pair, tmp_path / "out", data=data, bridge="projection", report=lambda line: None, **small)
+    model = AutoModelForCausalLM.from_pretrained(cut_pair, dtype=torch.float32)
+    state = load_file(tmp_path / "out" / "adapter" / "bridge.safetensors")
+    assert len(state) == 1
+    model.load_state_dict({**model.state_dict(), **{k: v.float() for k, v in state.items()}})
+    adapted = PeftModel.from_pretrained(model, tmp_path / "out" / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.randint(2, 300, (1, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        on, found = adapted(input_ids=ids).logits, merged(input_ids=ids).logits
+    assert float((on - found).abs().max()) < 0.05 * float(on.std())
+
+
+def test_healing_again_keeps_the_first_record(base: Path, data: str, healed: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    again = heal_checkpoint(healed[0], tmp_path / "again", data=data, report=lambda line: None, **{**SMALL, "steps": 2})
+    record = json.loads((tmp_path / "again" / "layerprune.json").read_text())["healing"]
+    assert record["steps"] == again["steps"] == 2 and record["previous"]["steps"] == 12
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"report_to": ["nonsense"]}, "--report-to nonsense is not to be had here"),
+        ({"adapters": "window:²"}, "--adapters window:² is none of"),
+        ({"adapters": "after"}, "counts from the cut, and this checkpoint has none on record"),
+        ({"targets": []}, "--targets is empty"),
+        ({"targets": ["q_proj"]}, r"self_attn.q_proj is elsewhere: write it out, or take `attention`"),
+        ({"teacher": "demo"}, "--teacher demo is for --distil or --bridge"),
+        ({"distil": 1.0, "bridge": "map"}, "--distil and --bridge cannot be combined"),
+        ({"memory": "much"}, "--memory much is no amount of memory"),
+        ({"tokens": 100}, "--heal-steps 12 and --heal-tokens 100 both say"),
+    ],
+)
+def test_settings_that_cannot_be_are_told(build_llama: Any, data: str, tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+    folder = build_llama(tmp_path / "plain", layers=2, hidden=64, intermediate_size=128, max_position_embeddings=128)
+    with pytest.raises(UsageError, match=told):
+        heal_checkpoint(folder, tmp_path / "out", data=data, report=lambda line: None, **{**SMALL, **changed})
+    assert not (tmp_path / "out").exists()

@@ -225,7 +225,7 @@ def test_a_batch_that_does_not_fit_is_halved(decoder: Decoder, variant: str, mon
     original = skip._batch_effects
 
     def small(decoder: Decoder, tokens: Any, *args: Any) -> SkipSum:
-        if len(tokens.ids_BT) > 1:
+        if len(tokens.ids_BT) > 2:
             raise torch.cuda.OutOfMemoryError
         return original(decoder, tokens, *args)
 
