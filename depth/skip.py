@@ -10,11 +10,10 @@ Shapes: B batch, T tokens, F features of a token's state, N measured tokens, V v
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -247,10 +246,7 @@ def _skipped(batch: Batch, before: State, after: State, skip_BT: torch.Tensor) -
 
 def undisturbed(batch: Batch, layers: int) -> list[State]:
     """x^(0) .. x^(L) of a batch, each with the mappings through which layers share as they were at that depth."""
-    # not only dicts, as Batch.start has it: since transformers 5.24 Gemma-3n and Gemma-4 share theirs in a UserDict
-    values = [value for args, kwargs in batch._calls for value in (*args, *kwargs.values())]
-    shared = {id(value): copy.copy(value) for value in values if isinstance(value, MutableMapping)}
-    states = [State(batch.start().hidden, shared)]
+    states = [batch.start()]
     for layer in range(layers):
         states.append(batch.step(layer, states[-1].fork()))
     return states

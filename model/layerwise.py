@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,9 @@ class Batch:
 
     def start(self) -> State:
         """x^(0), the input of the first layer."""
-        shared = {id(v): copy.copy(v) for args, kwargs in self._calls for v in (*args, *kwargs.values()) if isinstance(v, dict)}
+        # not only dicts: newer transformers' Gemma-3n and Gemma-4 share keys and values in a UserDict
+        values = [v for args, kwargs in self._calls for v in (*args, *kwargs.values())]
+        shared = {id(v): copy.copy(v) for v in values if isinstance(v, MutableMapping)}
         return State(first_hidden(*self._calls[0]), shared)
 
     @torch.no_grad()

@@ -259,3 +259,24 @@ def test_a_family_that_hands_on_more_is_seen(built: Callable[[str], Decoder]) ->
     decoder = built("RWKV")
     exact, _ = exact_branches(decoder, last_curve(len(decoder)), vocab_size(decoder.model.config))
     assert not exact
+
+
+@pytest.mark.parametrize("name", ["Gemma-4", "Gemma-3n"])
+def test_a_fork_has_the_shared_keys_and_values_to_itself(name: str, tmp_path: Path) -> None:
+    """Layers that share keys and values hand them on in a mapping, which one branch must not write for another."""
+    decoder = view_decoder(load_model(families.build(name, tmp_path / "model"), device="cpu"))
+    ids_BT = torch.arange(4, 14).unsqueeze(0)
+    batch = Layerwise(decoder).begin(ids_BT)
+    start = batch.start()
+    assert start.shared, "this family shares"
+    apart, alone = start.fork(), batch.start()
+    for layer in range(len(decoder)):
+        batch.step(layer, State(torch.randn_like(apart.hidden), apart.shared))  # another branch runs first
+    expected, found = alone, start
+    for layer in range(len(decoder)):
+        expected, found = batch.step(layer, expected), batch.step(layer, found)
+    other = Layerwise(decoder).begin(ids_BT)
+    fresh = other.start()
+    for layer in range(len(decoder)):
+        fresh = other.step(layer, fresh)
+    assert torch.equal(found.hidden, fresh.hidden) and torch.equal(expected.hidden, fresh.hidden)
