@@ -278,3 +278,10 @@ def test_a_checkpoint_of_a_trainer_is_marked_whole(tmp_path: Path, monkeypatch: 
     trained(tmp_path, 6, 2)
     newest = newest_checkpoint(tmp_path)
     assert newest is not None and newest.name == "checkpoint-4" and (newest / "trainer_state.json").exists()
+
+
+def test_a_held_out_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, 1, 16, lambda line: None, False, lambda: float("nan"), 10)
+    state = SimpleNamespace(global_step=0, max_steps=10, log_history=[])
+    with pytest.raises(Refused, match="held-out loss is not a number at step 0 of 10: look at the weights"):
+        watch.on_train_begin(None, state, None)
