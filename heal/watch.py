@@ -126,7 +126,8 @@ class Watch(TrainerCallback):
         found = self.validate()
         if not math.isfinite(found):
             told = "look at the weights" if state.global_step == 0 else "heal with a smaller --learning-rate"
-            raise Refused(f"the held-out loss is not a number at step {state.global_step} of {state.max_steps}: {told}{self._left()}")
+            at = f"at step {state.global_step} of {state.max_steps}"
+            raise Refused(f"the held-out loss is not a number {at}: {told}{self._left()}")
         spent = time.perf_counter() - started
         self.measured, self.next_step = started + spent / VALIDATION_SHARE, state.global_step + self.validate_every
         if self.first_held_out is None:
