@@ -9,9 +9,8 @@ Shapes: R points of the path at once, T tokens, F features of a token's state, A
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from layerprune.depth.skip import check_followed, layer_form, undisturbed
 from layerprune.model.decoder import Decoder, first_hidden, forward_logits, hidden_of, replaced_forwards, states_BTD, tuple_length
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.layerwise import Layerwise
+from layerprune.model.tail import frozen
 
 BASELINES = ("tokens", "features", "zero")
 TARGETS = ("sum", "mean-log")
@@ -163,16 +163,3 @@ class _Rest:
         gold_RA1 = self.ids_1T[:, -self.answer :, None].expand(len(path_RTF), -1, -1).to(logits.device)
         logp_RA = logits.log_softmax(dim=-1).gather(2, gold_RA1)[..., 0]
         return logp_RA.mean(dim=1) if self.log else logp_RA.exp().sum(dim=1)
-
-
-@contextlib.contextmanager
-def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Inside the block no parameter asks for a gradient; afterwards those that did so before do so again."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in asking:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import random
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -25,7 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerprune.heal.carry import carry_over
 from layerprune.heal.merge import DTYPES, Stored, locate, read_tensor
+from layerprune.heal.settings import BRIDGES
 from layerprune.heal.targets import Target, is_linear, linear_shape, mlp_linears
 from layerprune.heal.teacher import find_teacher, prove_pair
 from layerprune.model.config import load_config, pick_length, vocab_size
@@ -43,11 +44,9 @@ from layerprune.model.verify import meta_decoder
 from layerprune.model.write import Replace, write_checkpoint
 
 Say = Callable[[str], None]
-FORMS = ("map", "projection")
+FORMS = BRIDGES
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths that are tried: lambda as a multiple of the mean square of a feature, summed over tokens."""
-_NOT_CARRIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-_RESULTS = {"layerprune.json", "README.md", "eval.json", "rank.json", "curve.json", "manifest.json"}
 _PROBE_TOKENS = 12
 
 
@@ -457,12 +456,7 @@ def _write(
 ) -> None:  # fmt: skip
     started = time.perf_counter()
     with new_folder(out) as folder:
-        for path in sorted(source.folder.iterdir()):
-            if path.is_file() and path.name not in _RESULTS and not path.name.endswith(_NOT_CARRIED):
-                shutil.copyfile(path, folder / path.name)
-        templates = source.folder / "additional_chat_templates"
-        if templates.is_dir():
-            shutil.copytree(templates, folder / templates.name)
+        carry_over(source.folder, folder)
         with progress_bar(sum(t.nbytes for t in stored.values()), "write", "B", progress) as bar:
             write_checkpoint(stored, folder, replace, bar.update)
         meta_decoder(folder, trust)

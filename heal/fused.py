@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-IGNORED = -100
+from layerprune.heal.packing import NO_LABEL
+
+IGNORED = NO_LABEL
 """The label of a position that predicts nothing."""
 SLICE_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 """Logits of a slice. On a CPU a small one stays in the allocator's reach; on a GPU a large one has fewer waits."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from layerprune.heal.quantise import NF4_BLOCK
+from layerprune.heal.settings import MERGES
 from layerprune.heal.targets import Target
 from layerprune.model.decoder import Decoder
 from layerprune.model.errors import Refused, UsageError
@@ -19,7 +20,7 @@ from layerprune.model.tensors import StoredTensor, read_checkpoint
 from layerprune.model.write import write_checkpoint
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-BASES = ("weights", "nf4")
+BASES = MERGES
 """What an adapter is merged into: the checkpoint's own weights, or what NF4 made of them, which it was trained on."""
 _ROWS = 4096
 """Rows of a weight that are merged at a time: float32 copies stay small beside the weight."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from layerprune.heal.card import healed_card
+from layerprune.heal.carry import carry_over
 from layerprune.heal.checkpoints import newest_checkpoint
 from layerprune.heal.memory import Memory
 from layerprune.heal.packing import check_one_sequence
@@ -50,8 +51,6 @@ from layerprune.model.tensors import StoredTensor, read_checkpoint
 Say = Callable[[str], None]
 _MEASURED = 32
 """Of the validation documents, all of which training leaves out, those that the loss is measured on while it runs."""
-_NOT_CARRIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-_RESULTS = {"layerprune.json", "README.md", "eval.json", "rank.json", "curve.json", "manifest.json"}
 
 
 def _stderr(line: str) -> None:
@@ -549,12 +548,7 @@ class Job:
         if self.settings.bridge is not None:
             self._keep_bridge()
         with new_folder(out) as folder:
-            for path in sorted(source.folder.iterdir()):
-                if path.is_file() and path.name not in _RESULTS and not path.name.endswith(_NOT_CARRIED):
-                    shutil.copyfile(path, folder / path.name)
-            templates = source.folder / "additional_chat_templates"
-            if templates.is_dir():
-                shutil.copytree(templates, folder / templates.name)
+            carry_over(source.folder, folder)
             with progress_bar(total, "merge", "B", self.progress) as bar:
                 merge_adapter(
                     source.folder, work / "adapter", folder, where, bar.update, base=self.settings.merge, quantised=quantised,

@@ -162,30 +162,43 @@ def test_sums_of_two_halves_are_the_whole(live: Callable[[str], Decoder]) -> Non
     assert ResidualSum(3).result()["cos_att"] == [None] * 3 and LensSum(2).tokens == 0
 
 
+def taps_by_hand(decoder: Decoder, ids: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The model's logits (T, V), and those of its end on each layer's input, by hooks on the last layer's output."""
+    inputs: list[torch.Tensor] = []
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = decoder.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        return found
+
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in decoder.layers]
+    final = logits()
+    for handle in handles:
+        handle.remove()
+    taps = []
+    for x in inputs:
+
+        def inject(module: Any, args: Any, output: Any, x: torch.Tensor = x) -> Any:
+            return (x, *output[1:]) if isinstance(output, tuple) else x
+
+        handle = decoder.layers[-1].register_forward_hook(inject)
+        taps.append(logits())
+        handle.remove()
+    return final, taps
+
+
 def lens_by_hand(decoder: Decoder, sequences: list[list[int]]) -> torch.Tensor:
     """KL both ways, overlap and agreement, by hooks on the layers' inputs and the model's own norm and head."""
     layers, tokens = len(decoder), 0
     total = torch.zeros(4, layers, dtype=torch.float64)
     for ids in sequences:
-        inputs: list[torch.Tensor] = []
-
-        def before(module: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor] = inputs) -> None:
-            inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
-
-        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in decoder.layers]
-        with torch.no_grad():
-            final = decoder.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
-        for handle in handles:
-            handle.remove()
-        for i, x in enumerate(inputs):
-
-            def inject(module: Any, args: Any, output: Any, x: torch.Tensor = x) -> Any:
-                return (x, *output[1:]) if isinstance(output, tuple) else x
-
-            handle = decoder.layers[-1].register_forward_hook(inject)
-            with torch.no_grad():
-                own = decoder.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
-            handle.remove()
+        logits, taps = taps_by_hand(decoder, ids)
+        final = logits.double()
+        for i, tap in enumerate(taps):
+            own = tap.double()
             p, q = own.log_softmax(-1), final.log_softmax(-1)
             total[0, i] += (p.exp() * (p - q)).sum()
             total[1, i] += (q.exp() * (q - p)).sum()
@@ -317,26 +330,10 @@ def test_first_choices_flips_and_decisions_against_counting_by_hand(name: str, l
     said, flipped, own = torch.zeros(layers, 4), torch.zeros(layers, 4), torch.zeros(4)
     first, last = torch.zeros(4, len(RANKS)), torch.zeros(4, len(RANKS))
     for ids in sequences:
-        inputs: list[torch.Tensor] = []
-
-        def before(module: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor] = inputs) -> None:
-            inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
-
-        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in decoder.layers]
-        with torch.no_grad():
-            final = decoder.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].argmax(-1)
-        for handle in handles:
-            handle.remove()
+        whole, taps = taps_by_hand(decoder, ids)
+        final = whole.argmax(-1)
         ranks = torch.zeros(layers, len(ids))
-        for i, x in enumerate(inputs):
-
-            def inject(module: Any, args: Any, output: Any, x: torch.Tensor = x) -> Any:
-                return (x, *output[1:]) if isinstance(output, tuple) else x
-
-            handle = decoder.layers[-1].register_forward_hook(inject)
-            with torch.no_grad():
-                logits = decoder.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-            handle.remove()
+        for i, logits in enumerate(taps):
             for t, answer in enumerate(final.tolist()):
                 top = int(logits[t].argmax())
                 said[i, buckets[top]] += 1
@@ -379,26 +376,8 @@ def test_options_by_layer_against_counting_by_hand(name: str, live: Callable[[st
     layers = len(decoder)
     listed, mass, rank, chosen, right = (torch.zeros(layers + 1, dtype=torch.float64) for _ in range(5))
     for item in items:
-        ids = torch.tensor([item.context])
-        inputs: list[torch.Tensor] = []
-
-        def before(module: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor] = inputs) -> None:
-            inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
-
-        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in decoder.layers]
-        with torch.no_grad():
-            taps = [decoder.model(input_ids=ids, use_cache=False).logits[0, -1]]
-        for handle in handles:
-            handle.remove()
-        for x in inputs:
-
-            def inject(module: Any, args: Any, output: Any, x: torch.Tensor = x) -> Any:
-                return (x, *output[1:]) if isinstance(output, tuple) else x
-
-            handle = decoder.layers[-1].register_forward_hook(inject)
-            with torch.no_grad():
-                taps.insert(-1, decoder.model(input_ids=ids, use_cache=False).logits[0, -1])
-            handle.remove()
+        whole, lenses = taps_by_hand(decoder, list(item.context))
+        taps = [tap[-1] for tap in (*lenses, whole)]
         own = [[float(tap[o]) for o in item.options] for tap in taps]
         last = own[-1].index(max(own[-1]))
         for i, tap in enumerate(taps):
