@@ -46,7 +46,7 @@ class Device:
 
 
 DEVICES = {
-    # 40 % and 45 % of 989 TFLOP/s. An H200 (same peak) reached 47 % forward and 51 % healing at Llama-2-7B's
+    # 40 % and 45 % of 989 TFLOP/s. An H200 (same peak) reached 47 % forward and 50 % healing at Llama-2-7B's
     # shape where memory let activations stay; 35 % within 16 GiB (benchmarks/heal_speed.json).
     "h100": Device("H100 (40 % of 989 TFLOP/s forward, 45 % healing)", 0.4 * 989e12, 0.45 * 989e12, 2, 16384),
     "cpu": Device("CPU (100 GFLOP/s)", 100e9, 100e9, 4, 2048),
