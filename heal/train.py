@@ -255,7 +255,8 @@ def plan_line(memory: Memory, student: Any, settings: Healing) -> str:
     share = settings.batch_size // world_size()
     told = [f"{memory.micro_batch} of {share} sequences at once"]
     told.append(f"weights decoded in {memory.decoded} of {layers} layers")
-    told.append(f"activations of {trained - memory.recomputed} of {trained} trained layers kept, the others computed again")
+    kept = f"activations of {trained - memory.recomputed} of {trained} trained layers kept"
+    told.append(kept + (", the others computed again" if memory.recomputed else ""))
     if memory.compiled:
         told.append("layers compiled")
     line = "plan: " + "; ".join(told)

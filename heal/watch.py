@@ -85,7 +85,7 @@ class Watch(TrainerCallback):
         # The first steps pay for warming up; the fourth is the first honest one.
         if len(self.timed) == 4 and left:
             step = (now - self.timed[0]) / 3
-            self.say(f"{step:.2g} s a step ({self.tokens / step:,.0f} tokens/s): about {duration(step * left)} left")
+            self._tell(f"{step:.2g} s a step ({self.tokens / step:,.0f} tokens/s): about {duration(step * left)} left")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:
@@ -133,7 +133,13 @@ class Watch(TrainerCallback):
         if self.first_held_out is None:
             self.first_held_out = found
         self.log({"eval_normalised_loss": round(found, 6)})
-        self.say(f"step {state.global_step:,} of {state.max_steps:,}: held-out loss {found:.4f} (normalised) {self._bar(found)}")
+        self._tell(f"step {state.global_step:,} of {state.max_steps:,}: held-out loss {found:.4f} (normalised) {self._bar(found)}")
+
+    def _tell(self, line: str) -> None:
+        """A line of its own, which the bar makes room for."""
+        self.bar.clear()
+        self.say(line)
+        self.bar.refresh()
 
     def _bar(self, found: float) -> str:
         """The held-out loss as a line whose whole length is where it began."""
