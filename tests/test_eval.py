@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from layerprune.eval import memory
+from layerprune.eval import memory, speed
 from layerprune.eval.evaluate import evaluate_checkpoint, evaluate_live, format_table, loss_sequences, measure_loss, parse_tasks
 from layerprune.eval.speed import generation_speed
 from layerprune.model.data import batches
@@ -226,6 +227,18 @@ def test_speed_runs_the_prompt_once_and_then_a_token_a_pass(tiny_llama: Path, mo
         widths.append(input_ids.shape[1])
         return forward(*args, input_ids=input_ids, **more)
 
+    def clock(*durations: int) -> SimpleNamespace:
+        """A clock by which the runs take these seconds, one after the other."""
+        ticks = iter([tick for seconds in durations for tick in (0, seconds)])
+        return SimpleNamespace(perf_counter=lambda: next(ticks))
+
     monkeypatch.setattr(live, "forward", watch)
+    monkeypatch.setattr(speed, "time", clock(9, 1, 1))
     generation_speed(live, tokenizer, prompt_tokens=6, new_tokens=4, repeats=2)
     assert widths == [6, 1, 1, 1] * 3  # a warm-up and two runs, with the KV cache
+    widths.clear()
+    monkeypatch.setattr(speed, "time", clock(9, 5, 7, 3, 3))
+    made = generation_speed(live, tokenizer, prompt_tokens=6, new_tokens=4, repeats=2)
+    assert len(widths) == 4 * 5 and made["seconds"] == 3  # two runs more, until the two fastest agree
+    monkeypatch.setattr(speed, "time", clock(9, *range(80, 0, -10)))
+    assert generation_speed(live, tokenizer, prompt_tokens=6, new_tokens=4, repeats=2)["seconds"] == 10  # eight, no more
