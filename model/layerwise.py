@@ -59,7 +59,7 @@ class Layerwise:
                 calls.append((args, kwargs))
                 if index == last:
                     raise Stop
-                return self._output(first_hidden(args, kwargs))
+                return self.as_output(first_hidden(args, kwargs))
 
             return forward
 
@@ -68,7 +68,7 @@ class Layerwise:
             forward_logits(self.decoder, ids_BT, mask_BT)
         return Batch(self, calls, ids_BT.shape[0], ids_BT.shape[1])
 
-    def _output(self, hidden: torch.Tensor) -> Any:
+    def as_output(self, hidden: torch.Tensor) -> Any:
         """A hidden state in the form in which this model's layers return it."""
         return hidden if self._length is None else (hidden, *[None] * (self._length - 1))
 
@@ -77,10 +77,10 @@ class Layerwise:
         """Logits (rows, tokens, vocabulary) of x^(L), a state of that many rows and tokens before the final norm."""
 
         def first(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return self._output(hidden)
+            return self.as_output(hidden)
 
         def other(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return self._output(first_hidden(args, kwargs))
+            return self.as_output(first_hidden(args, kwargs))
 
         ids_BT = torch.zeros((rows, tokens), dtype=torch.long, device=self.decoder.device)  # thrown away
         with replaced_forwards((layer, other if i else first) for i, layer in enumerate(self.decoder.layers)):
@@ -100,6 +100,12 @@ class Batch:
         values = [v for args, kwargs in self._calls for v in (*args, *kwargs.values())]
         shared = {id(v): copy.copy(v) for v in values if isinstance(v, MutableMapping)}
         return State(first_hidden(*self._calls[0]), shared)
+
+    def forget_start(self) -> None:
+        """Let go of x^(0), which every recorded call holds; `step` has its own state, `start` is over."""
+        self._calls = [
+            ((None, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": None}) for args, kwargs in self._calls
+        ]
 
     @torch.no_grad()
     def step(self, layer: int, state: State) -> State:

@@ -18,9 +18,11 @@ from layerprune.model.layerwise import Batch, Layerwise, State
 
 
 @dataclass
-class _Node:
+class Node:
+    """One layer application; `children` follow on its output."""
+
     layer: int
-    children: list[_Node] = field(default_factory=list)
+    children: list[Node] = field(default_factory=list)
     branches: tuple[int, ...] = ()
     """Those that end here."""
 
@@ -28,7 +30,7 @@ class _Node:
 class CutTree:
     """The tree of some `kept` tuples over a stack of L layers.
 
-    branches: the tuples, in the order given. applications: layer applications of one pass. alone: those of running every
+    branches: the tuples, in the order given. roots: the first layers. applications: layer applications of one pass. alone: those of running every
     branch by itself. alive: hidden states that exist at once, at most: the walk leaves the child that needs most for the
     end, so that its parent's state is gone by then, and B branches need no more than log2(B) + 2.
     Raises UsageError for a tuple that is no increasing selection of the layers.
@@ -36,15 +38,15 @@ class CutTree:
 
     def __init__(self, branches: Iterable[Kept], layers: int) -> None:
         self.branches = tuple(branches)
-        self._roots: list[_Node] = []
-        nodes: dict[Kept, _Node] = {}
+        self.roots: list[Node] = []
+        nodes: dict[Kept, Node] = {}
         for number, kept in enumerate(self.branches):
             check_kept(kept, layers)
-            siblings = self._roots
+            siblings = self.roots
             for end in range(1, len(kept) + 1):
                 node = nodes.get(kept[:end])
                 if node is None:
-                    node = nodes[kept[:end]] = _Node(kept[end - 1])
+                    node = nodes[kept[:end]] = Node(kept[end - 1])
                     siblings.append(node)
                 siblings = node.children
             nodes[kept].branches += (number,)
@@ -54,12 +56,12 @@ class CutTree:
         need: dict[int, int] = {}
         for prefix in sorted(nodes, key=len, reverse=True):  # children before their parents
             need[id(nodes[prefix])] = _arrange(nodes[prefix].children, need)
-        self.alive = _arrange(self._roots, need) + 1  # and the output of the layer that is at work
+        self.alive = _arrange(self.roots, need) + 1  # and the output of the layer that is at work
 
     def walk(self, batch: Batch, see: Callable[[tuple[int, ...], State], None]) -> None:
         """Run a batch through the tree; `see` gets x^(L) of each leaf, and the numbers of the branches that end there."""
         start = batch.start()
-        waiting = [(node, start) for node in reversed(self._roots)]
+        waiting = [(node, start) for node in reversed(self.roots)]
         del start
         while waiting:
             node, state = waiting.pop()
@@ -70,7 +72,7 @@ class CutTree:
             waiting += [(child, state) for child in reversed(node.children)]
 
 
-def _arrange(children: list[_Node], need: dict[int, int]) -> int:
+def _arrange(children: list[Node], need: dict[int, int]) -> int:
     """Order children by the states that their subtrees need, the largest last; returns what all of them need."""
     children.sort(key=lambda child: need[id(child)])
     if not children:

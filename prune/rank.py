@@ -67,28 +67,41 @@ def last_token_states(decoder: Any, batch: Any) -> Any:
     from layerprune.model.decoder import walk_states
 
     rows, width = batch.ids_BT.shape
-    last = torch.full((rows,), width - 1)
-    if batch.mask_BT is not None:
-        last = width - 1 - batch.mask_BT.flip(1).argmax(1)
+    last = last_positions(rows, width, batch.mask_BT)
+    kind = type(decoder.model).__name__
     picked: list[Any] = []
 
     def see(layer: int, states_BTD: Any) -> None:
-        if states_BTD.shape[:2] != (rows, width):
-            raise Refused(
-                f"the states of this {type(decoder.model).__name__} are {tuple(states_BTD.shape)} for {rows} documents of "
-                f"{width} tokens: its layers are laid out in a way that is not supported"
-            )
-        device = states_BTD.device
-        picked.append(states_BTD[torch.arange(rows, device=device), last.to(device)])
+        picked.append(at_positions(states_BTD, last, width, kind))
 
     walk_states(decoder, batch.ids_BT, batch.mask_BT, see)
     if len(picked) != len(decoder) + 1:
         raise Refused(
-            f"this {type(decoder.model).__name__} runs {len(picked) - 1} of its {len(decoder)} layers on text alone: their states "
+            f"this {kind} runs {len(picked) - 1} of its {len(decoder)} layers on text alone: their states "
             "cannot be compared"
         )
     device = picked[0].device
     return torch.stack([p.to(device) for p in picked], dim=1)
+
+
+def last_positions(rows: int, width: int, mask_BT: Any) -> Any:
+    """The position of each row's last real token, (rows,)."""
+    import torch
+
+    return torch.full((rows,), width - 1) if mask_BT is None else width - 1 - mask_BT.flip(1).argmax(1)
+
+
+def at_positions(states_BTD: Any, last_B: Any, width: int, kind: str) -> Any:
+    """The states (rows, features) at these positions; Refused for states that are laid out in another way."""
+    import torch
+
+    rows, device = len(last_B), states_BTD.device
+    if states_BTD.shape[:2] != (rows, width):
+        raise Refused(
+            f"the states of this {kind} are {tuple(states_BTD.shape)} for {rows} documents of {width} tokens: its layers are laid "
+            "out in a way that is not supported"
+        )
+    return states_BTD[torch.arange(rows, device=device), last_B.to(device)]
 
 
 def rank_decoder(
@@ -119,22 +132,29 @@ def rank_decoder(
             again = [sequences[batch.rows[row]] for row in part]
             (batch,) = batches(again, sum(map(len, again)) * len(again), pad_id, padding_side)
         states = last_token_states(decoder, batch)
-        sizes = states.double().norm(dim=-1)
-        bad = ~torch.isfinite(sizes) | (sizes == 0)
-        if bad.any():
-            depth = int(bad.any(0).nonzero()[0])
-            what = "zero" if (sizes[:, depth] == 0).any() else "not a number"
-            where = "the embedding" if depth == 0 else f"layer {depth - 1}"
-            raise Refused(
-                f"the activations after {where} are {what}: the weights are broken or overflow in this dtype "
-                "(try --dtype float32)"
-            )
+        must_be_numbers(states)
         total.update(states)
 
     for batch in batches(sequences, max_tokens, pad_id, padding_side):
         in_halves(range(len(batch.rows)), functools.partial(add, batch=batch))
         progress(len(batch.rows))
     return total.distances()
+
+
+def must_be_numbers(states_BLD: Any) -> None:
+    """Raise Refused where a state is not finite, or the zero vector, which has no direction."""
+    import torch
+
+    sizes = states_BLD.double().norm(dim=-1)
+    bad = ~torch.isfinite(sizes) | (sizes == 0)
+    if bad.any():
+        depth = int(bad.any(0).nonzero()[0])
+        what = "zero" if (sizes[:, depth] == 0).any() else "not a number"
+        where = "the embedding" if depth == 0 else f"layer {depth - 1}"
+        raise Refused(
+            f"the activations after {where} are {what}: the weights are broken or overflow in this dtype "
+            "(try --dtype float32)"
+        )
 
 
 def rank_blocks(
@@ -147,10 +167,16 @@ def rank_blocks(
     dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
+    memory: str | int | None = None,
+    ram: str | int | None = None,
     out: str | Path | None = None,
     progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Rank all blocks of a model by angular distance, in one pass over the data.
+
+    A model that does not fit in memory (or in `memory` of the GPU and `ram` of the host, where they are given: bytes or
+    text such as `8GiB`) is not loaded: its layers come from its files one at a time, and `say` is told the plan first.
 
     model: recipe name, Hub id or folder. Options left at None come from the model's recipe, else: C4 validation,
     256 samples, 2048 tokens or the model's context. Returns (and writes to `out`) the content of rank.json:
@@ -158,12 +184,14 @@ def rank_blocks(
     state of the last token by nothing); `best` {n: start}; `model` and `checkpoint`, what was ranked; `settings`.
     Raises UsageError or Refused (model, data, device, activations that are not finite).
     """
+    from layerprune.model.budget import streaming_budget
     from layerprune.model.config import load_config, pick_length
     from layerprune.model.data import check_data
     from layerprune.model.decoder import view_decoder
     from layerprune.model.files import made_folder
     from layerprune.model.load import load_model, load_tokenizer, pick_device, pick_dtype
     from layerprune.model.source import find_model
+    from layerprune.model.stream import StreamedModel
 
     if out is not None:
         must_not_exist(Path(out))
@@ -173,8 +201,13 @@ def rank_blocks(
     pick_dtype(dtype, pick_device(device))
     pick_length(settings["length"], load_config(source.folder, trust_remote_code))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
-    result = rank_live(view_decoder(live), tokenizer, settings, source, seed=seed, progress=progress)
+    budget = streaming_budget(source.folder, device=device, dtype=dtype, memory=memory, ram=ram)
+    if budget is not None:
+        streamed = StreamedModel(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        result = rank_from_disk(streamed, tokenizer, settings, source, budget, seed=seed, progress=progress, say=say)
+    else:
+        live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+        result = rank_live(view_decoder(live), tokenizer, settings, source, seed=seed, progress=progress)
     if out is not None:
         with made_folder(Path(out).absolute().parent):
             write_json(Path(out), result)
@@ -196,10 +229,43 @@ def rank_live(
     decoder: Any, tokenizer: Any, settings: dict[str, Any], source: Any, *, seed: int = 0, progress: bool = False
 ) -> dict[str, Any]:
     """`rank_blocks` for a model that is loaded already from `source`; settings as `rank_settings` gives them."""
+
+    def measure(sequences: list[list[int]], pad_id: int) -> tuple[list[list[float]], dict[str, Any]]:
+        from layerprune.model.progress import progress_bar
+
+        with progress_bar(len(sequences), "rank", "doc", progress) as bar:
+            return rank_decoder(decoder, sequences, pad_id=pad_id, progress=bar.update), {}
+
+    return _rank(decoder, tokenizer, settings, source, measure, seed, progress)
+
+
+def rank_from_disk(
+    streamed: Any, tokenizer: Any, settings: dict[str, Any], source: Any, budget: Any, *,
+    seed: int = 0, progress: bool = False, say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """`rank_live` for a model whose layers come from its files one at a time (`layerprune.model.stream`)."""
+
+    def measure(sequences: list[list[int]], pad_id: int) -> tuple[list[list[float]], dict[str, Any]]:
+        from layerprune.model.progress import progress_bar
+        from layerprune.prune.rank_streamed import rank_streamed
+
+        with progress_bar(len(streamed), "rank", "layer", progress) as bar:
+            before = streamed.read
+            distance, plan = rank_streamed(streamed, sequences, budget, pad_id=pad_id, say=say, progress=bar.update)
+        passes = {"passes": len(plan.groups), "bytes_read": streamed.read - before, "states_in": plan.place}
+        return distance, {"streamed": passes}
+
+    return _rank(streamed.decoder, tokenizer, settings, source, measure, seed, progress)
+
+
+def _rank(
+    decoder: Any, tokenizer: Any, settings: dict[str, Any], source: Any,
+    measure: Callable[[list[list[int]], int], tuple[list[list[float]], dict[str, Any]]], seed: int, progress: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Read the documents, measure, and put the ranking together."""
     from layerprune.model.config import pick_length, vocab_size
     from layerprune.model.data import data_fingerprint, read_documents, tokenise
     from layerprune.model.fingerprint import checkpoint_fingerprint
-    from layerprune.model.progress import progress_bar
 
     config = decoder.model.config
     length = pick_length(settings["length"], config)
@@ -208,8 +274,7 @@ def rank_live(
     started = time.perf_counter()
     # padding is masked, so any id will do that the model has an embedding for
     pad_id = tokenizer.pad_token_id if 0 <= (tokenizer.pad_token_id or 0) < vocab_size(config) else 0
-    with progress_bar(len(sequences), "rank", "doc", progress) as bar:
-        distance = rank_decoder(decoder, sequences, pad_id=pad_id or 0, progress=bar.update)
+    distance, how = measure(sequences, pad_id or 0)
     return {
         "model": source.name,
         "checkpoint": checkpoint_fingerprint(source.folder),
@@ -226,6 +291,7 @@ def rank_live(
             "dtype": str(decoder.model.dtype).removeprefix("torch."),
             "device": str(decoder.device),
             "token": "last real token of each document",
+            **how,
         },
         "seconds": round(time.perf_counter() - started, 3),
     }

@@ -1,0 +1,68 @@
+"""The ranking of a model that is larger than memory: one pass over its checkpoint, or a few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from layerprune.model.budget import Budget
+from layerprune.model.data import batches
+from layerprune.model.decoder import states_BTD
+from layerprune.model.layermajor import PassPlan, layer_major, plan_passes
+from layerprune.model.layerwise import Batch, State
+from layerprune.model.stream import StreamedModel
+from layerprune.model.tree import CutTree, Node
+from layerprune.prune.rank import DistanceSum, at_positions, last_positions, must_be_numbers
+
+
+def rank_streamed(
+    streamed: StreamedModel,
+    sequences: list[list[int]],
+    budget: Budget,
+    *,
+    max_tokens: int | None = None,
+    pad_id: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int], None] = lambda layers: None,
+) -> tuple[list[list[float]], PassPlan]:
+    """Distances of all blocks, as `rank_decoder` gives them for the whole model (to the bit, on the CPU, at equal batches).
+
+    Of each document only the states of its last token are kept, (L+1) x D numbers. say: told the plan before it starts.
+    progress: told of each layer of each pass. Raises Refused as `rank_decoder`, and where the budget is too small.
+    """
+    decoder = streamed.decoder
+    layers = len(decoder)
+    if max_tokens is None:
+        max_tokens = 16384 if streamed.device.type != "cpu" else 2048
+    made = batches(sequences, max_tokens, pad_id)
+    tree = CutTree([tuple(range(layers))], layers)
+    shapes = [(batch.ids_BT.shape[0], batch.ids_BT.shape[1]) for batch in made]
+    working = working_bytes(decoder, max((rows * tokens for rows, tokens in shapes), default=0))
+    plan = plan_passes(streamed, tree, shapes, memory=budget.memory, ram=budget.ram, working=working)
+    say(plan.line())
+    total = DistanceSum(layers)
+    picked: dict[int, list[Any]] = {}
+
+    def see(number: int, batch: Batch, node: Node | None, state: State) -> None:
+        rows, width = shapes[number]
+        last_B = last_positions(rows, width, made[number].mask_BT)
+        states = states_BTD(state.hidden, rows, width)
+        picked.setdefault(number, []).append(at_positions(states, last_B, width, type(decoder.model).__name__).cpu())
+
+    layer_major(streamed, tree, [(b.ids_BT, b.mask_BT) for b in made], plan, see, progress=progress)
+    for number in range(len(made)):
+        states_BLD = torch.stack(picked[number], dim=1)
+        must_be_numbers(states_BLD)
+        total.update(states_BLD)
+    return total.distances(), plan
+
+
+def working_bytes(decoder: Any, tokens: int) -> int:
+    """What one layer takes for a batch beside its input and output: a rough upper bound from the widest weight."""
+    widest = max(max(p.shape) for p in decoder.layers[0].parameters() if p.dim() > 1)
+    config = decoder.model.config.get_text_config()
+    hidden = int(getattr(config, "hidden_size", 0) or 1)
+    vectors = 4 * hidden + 3 * min(widest, 8 * hidden)
+    return tokens * vectors * decoder.model.dtype.itemsize
