@@ -98,6 +98,12 @@ def sweep_losses(
             for batch in batches(chosen, most):
                 in_halves(batch.rows, add)
                 bar.update(len(batch.rows))
+    return losses_of(branches, sequences, store)
+
+
+def losses_of(branches: Branches, sequences: Sequence[Sequence[int]], store: Answers) -> dict[Kept, dict[str, Any]]:
+    """The losses of all branches that run, from the answers that are kept."""
+    keys = [sample_key("loss", ids) for ids in sequences]
     tokens = sum(len(ids) - 1 for ids in sequences)
     vocab = vocab_size(branches.decoder.model.config)
     found = {}
@@ -109,13 +115,24 @@ def sweep_losses(
 
 
 def _nats(branches: Branches, kept: Sequence[Kept], batch: Any, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    """Summed nats (branches, rows) over every token of a row but its first; summed in float64, row by row."""
+    """Summed nats (branches, rows) over every token of a row but its first."""
+    asked = questions(sequences, batch.ids_BT.shape[1])
+    value_AN, _ = branches.score(kept, batch.ids_BT, batch.mask_BT, asked, dtype=torch.float32)
+    return summed_nats(value_AN, sequences)
+
+
+def questions(sequences: Sequence[Sequence[int]], width: int) -> Asked:
+    """Every token but the first of each row of a batch that is `width` tokens wide."""
     counts = [len(ids) - 1 for ids in sequences]
     row_N = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     position_N = torch.cat([torch.arange(count) for count in counts])
     token_N = torch.cat([torch.tensor(ids[1:], dtype=torch.long) for ids in sequences])
-    asked = Asked.make(row_N, position_N, token_N, batch.ids_BT.shape[1])
-    value_AN, _ = branches.score(kept, batch.ids_BT, batch.mask_BT, asked, dtype=torch.float32)
+    return Asked.make(row_N, position_N, token_N, width)
+
+
+def summed_nats(value_AN: torch.Tensor, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """Nats (branches, rows) from the log-probabilities of `questions`; summed in float64, row by row."""
+    counts = [len(ids) - 1 for ids in sequences]
     return np.stack([-part.double().sum(dim=1).numpy() for part in value_AN.split(counts, dim=1)], axis=1)
 
 
@@ -251,4 +268,3 @@ def _sweep_tasks(
                 bar.update(1)
     finally:
         branches.decoder.model.train(training)
-

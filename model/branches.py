@@ -13,8 +13,11 @@ from layerprune.model.config import vocab_size
 from layerprune.model.cuts import Kept
 from layerprune.model.decoder import Decoder, forward_logits, virtual_cut
 from layerprune.model.errors import Refused
-from layerprune.model.layerwise import Layerwise, State
+from layerprune.model.layerwise import Batch, Layerwise, State
 from layerprune.model.tree import CutTree, exact_branches
+
+Answer = tuple[torch.Tensor, torch.Tensor | None]
+"""Log-probabilities (N,) of one branch, and whether each token is the most probable one, where that was asked."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,20 @@ class Branches:
     this model does more between its layers than can be followed: then every branch is a pass of its own. logit_bytes: what the
     logits of a slice of positions, and the copy that their log-softmax takes where it needs one, may occupy. applications
     counts the layers run, one layer on one batch each. Raises Refused for a whole model that does not run.
+
+    absent: the layers have no weights yet, so nothing can be tried: all branches are taken for right and shared until a pass
+    shows otherwise.
     """
 
-    def __init__(self, decoder: Decoder, kept: Iterable[Kept], logit_bytes: int) -> None:
+    def __init__(self, decoder: Decoder, kept: Iterable[Kept], logit_bytes: int, absent: bool = False) -> None:
         self.decoder, self._vocab, self._logit_bytes = decoder, vocab_size(decoder.model.config), logit_bytes
         every = tuple(dict.fromkeys(kept))
-        self.shared, self.broken = exact_branches(decoder, every, self._vocab)
+        self.shared, self.broken = (True, {}) if absent else exact_branches(decoder, every, self._vocab)
         whole = tuple(range(len(decoder)))
         if whole in self.broken:
             raise Refused(f"this model does not run here, with all of its layers: {self.broken[whole]}")
         self.kept = tuple(k for k in every if k not in self.broken)
-        self._layerwise = Layerwise(decoder) if self.shared else None
+        self._layerwise = Layerwise(decoder) if self.shared and not absent else None
         self._trees: dict[tuple[Kept, ...], CutTree] = {}
         self.applications = 0
 
@@ -94,11 +100,22 @@ class Branches:
         dtype: of the log-softmax, by default that of the logits. Where a cut gives what is not a number it goes to `broken`,
         and its values are NaN; Refused where the whole model does.
         """
-        found: list[tuple[torch.Tensor, torch.Tensor | None] | None] = [None] * len(kept)
+        found: list[Answer | None] = [None] * len(kept)
         for ends, answer in self._each(kept, ids_BT, mask_BT, asked, dtype, greedy):
             for end in ends:
                 found[end] = answer
+        return self.gather(kept, found, asked, greedy)
+
+    def gather(
+        self, kept: Sequence[Kept], found: Sequence[Answer | None], asked: Asked, greedy: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The answers of all branches as `score` returns them, from those of each; None stands for a branch that broke."""
         back_N = asked.back_N.cpu()
+        if None in found:
+            absent = (torch.full((len(back_N),), torch.nan), torch.zeros(len(back_N), dtype=torch.bool) if greedy else None)
+            found = [
+                absent if answer is None else (answer[0].cpu(), None if answer[1] is None else answer[1].cpu()) for answer in found
+            ]
         value_AN = torch.stack([answer[0] for answer in found if answer is not None]).cpu()[:, back_N]
         for number in value_AN.isnan().any(dim=1).nonzero()[:, 0].tolist():
             why = "the model's logits are not numbers: its weights or this dtype overflow (try --dtype float32)"
@@ -111,6 +128,11 @@ class Branches:
         flags = [answer[1] for answer in found if answer is not None and answer[1] is not None]
         return value_AN, torch.stack(flags).cpu()[:, back_N]
 
+    def read(self, batch: Batch, state: State, asked: Asked, dtype: torch.dtype | None, greedy: bool = False) -> Answer:
+        """The answers of one branch, from its x^(L); in the order of `asked`, on the state's device."""
+        slices = self._slices(asked, dtype == torch.float32 and not greedy)
+        return self._read(functools.partial(batch.logits, state), asked.to(state.hidden.device), slices, dtype, greedy)
+
     def _each(
         self,
         kept: Sequence[Kept],
@@ -119,7 +141,7 @@ class Branches:
         asked: Asked,
         dtype: torch.dtype | None,
         greedy: bool,
-    ) -> list[tuple[tuple[int, ...], tuple[torch.Tensor, torch.Tensor | None]]]:
+    ) -> list[tuple[tuple[int, ...], Answer]]:
         found = []
         # found on the CPU: a GPU that is asked anything in between stands still
         slices = self._slices(asked, dtype == torch.float32 and not greedy)
@@ -155,7 +177,7 @@ class Branches:
         slices: Sequence[tuple[slice, slice]],
         dtype: torch.dtype | None,
         greedy: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Answer:
         """Answer the questions of one branch, in slices of places and the questions about them."""
         values, flags = [], []
         for part, ask in slices:
@@ -238,4 +260,3 @@ def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     for b, ids in enumerate(rows):
         ids_BT[b, : len(ids)] = torch.tensor(ids)
     return ids_BT
-

@@ -63,7 +63,7 @@ def plan_passes(
     memory: bytes of the GPU that may be used, None on a CPU. ram: of the host's memory. working: bytes that computing one
     batch takes beside its states (activations, logits). Raises Refused when the largest batch does not fit.
     """
-    layers = sorted({node.layer for node in nodes_of(tree)} | {0})
+    layers = used_layers(tree)
     last = max(layers)
     ends = sum(node.layer == last for node in nodes_of(tree))
     hold = (last,) if ends > 1 and last > 0 else ()
@@ -111,6 +111,19 @@ def plan_passes(
     each = sum(streamed.stored_bytes(i) for i in layers)
     largest = max(sum(needs[i] for i in group) for group in groups)
     return PassPlan(hold, tuple(map(tuple, groups)), place, each * len(groups), fixed, largest, most)
+
+
+def working_bytes(decoder: Decoder, tokens: int) -> int:
+    """What one layer takes for a batch beside its input and output: a rough upper bound from the widest weight."""
+    widest = max(max(p.shape) for p in decoder.layers[0].parameters() if p.dim() > 1)
+    hidden = _width(decoder)
+    vectors = 4 * hidden + 3 * min(widest, 8 * hidden)
+    return tokens * vectors * decoder.model.dtype.itemsize
+
+
+def used_layers(tree: CutTree) -> list[int]:
+    """The layers that a pass brings in, in order: those of the tree, and the first, which shows what layers return."""
+    return sorted({node.layer for node in nodes_of(tree)} | {0})
 
 
 def nodes_of(tree: CutTree) -> list[Node]:
@@ -163,15 +176,17 @@ def layer_major(
     see: Seen,
     *,
     broken: Callable[[tuple[int, ...], str], None] | None = None,
+    done: Callable[[Sequence[int]], None] = lambda group: None,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> None:
     """Run batches (ids, mask) through the tree, layer by layer, a pass for each group of the plan.
 
     see(number, batch, node, state) gets the output of every node of every batch, and first x^(0) with None for a node.
-    broken: told which branches cannot be run, and why; without it what the model raises is let through. The states that
-    `see` gets are equal to those of `CutTree.walk`, to the bit, at equal shapes. progress: told of each layer.
+    broken: told which branches cannot be run, and why; without it what the model raises is let through. done: told the
+    batches of each group when its pass is over. progress: told of each layer. The states that `see` gets are equal to those
+    of `CutTree.walk`, to the bit, at equal shapes.
     """
-    layers = sorted({node.layer for node in nodes_of(tree)} | {0})
+    layers = used_layers(tree)
     at: dict[int, list[tuple[Node, Node | None]]] = {layer: [] for layer in layers}
     for root in tree.roots:
         at[root.layer].append((root, None))
@@ -197,6 +212,7 @@ def layer_major(
                         for node, parent in at[layer]:
                             walk.wake(number, node, parent)
                 progress(1)
+        done(group)
 
 
 class _Walk:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from layerprune.model.config import auto_class, layer_count, load_config
-from layerprune.model.decoder import Decoder, view_decoder
+from layerprune.model.decoder import view_decoder
 from layerprune.model.errors import Refused, model_errors, one_line
 from layerprune.model.load import check_keys, pick_device, pick_dtype, quiet_transformers
 from layerprune.model.plan import find_stack, is_stray_buffer, split_name
@@ -41,9 +41,7 @@ class StreamedModel:
     each layer, as it lies in memory; stored_bytes: as it lies in the files.
     """
 
-    def __init__(
-        self, folder: Path, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False) -> None:
         """Load everything but the layers.
 
         dtype: as for `load_model`. Raises Refused for a checkpoint that `load_model` refuses, one that is stored
@@ -240,9 +238,7 @@ def _compute_buffers(model: Any) -> None:
                 owners[nearest]._init_weights(module)
 
 
-def _groups(
-    stored: Mapping[str, StoredTensor], layers: int
-) -> tuple[list[dict[str, StoredTensor]], dict[str, StoredTensor]]:
+def _groups(stored: Mapping[str, StoredTensor], layers: int) -> tuple[list[dict[str, StoredTensor]], dict[str, StoredTensor]]:
     """The stored tensors of each layer, and the others; constants that models compute themselves belong to neither."""
     prefix = find_stack(stored, layers)
     groups: list[dict[str, StoredTensor]] = [{} for _ in range(layers)]

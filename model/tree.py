@@ -30,9 +30,9 @@ class Node:
 class CutTree:
     """The tree of some `kept` tuples over a stack of L layers.
 
-    branches: the tuples, in the order given. roots: the first layers. applications: layer applications of one pass. alone: those of running every
-    branch by itself. alive: hidden states that exist at once, at most: the walk leaves the child that needs most for the
-    end, so that its parent's state is gone by then, and B branches need no more than log2(B) + 2.
+    branches: the tuples, in the order given. roots: the first layers. applications: layer applications of one pass. alone:
+    those of running every branch by itself. alive: hidden states that exist at once, at most: the walk leaves the child that
+    needs most for the end, so that its parent's state is gone by then, and B branches need no more than log2(B) + 2.
     Raises UsageError for a tuple that is no increasing selection of the layers.
     """
 

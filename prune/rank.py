@@ -77,8 +77,7 @@ def last_token_states(decoder: Any, batch: Any) -> Any:
     walk_states(decoder, batch.ids_BT, batch.mask_BT, see)
     if len(picked) != len(decoder) + 1:
         raise Refused(
-            f"this {kind} runs {len(picked) - 1} of its {len(decoder)} layers on text alone: their states "
-            "cannot be compared"
+            f"this {kind} runs {len(picked) - 1} of its {len(decoder)} layers on text alone: their states cannot be compared"
         )
     device = picked[0].device
     return torch.stack([p.to(device) for p in picked], dim=1)
@@ -118,7 +117,6 @@ def rank_decoder(
     One forward pass without the head; a batch that runs out of GPU memory is halved. Raises Refused when a state is not
     finite or is the zero vector, and where one document does not fit.
     """
-    import torch
 
     from layerprune.model.data import TokenBatch, batches
     from layerprune.model.memory import in_halves
@@ -152,8 +150,7 @@ def must_be_numbers(states_BLD: Any) -> None:
         what = "zero" if (sizes[:, depth] == 0).any() else "not a number"
         where = "the embedding" if depth == 0 else f"layer {depth - 1}"
         raise Refused(
-            f"the activations after {where} are {what}: the weights are broken or overflow in this dtype "
-            "(try --dtype float32)"
+            f"the activations after {where} are {what}: the weights are broken or overflow in this dtype (try --dtype float32)"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from layerprune.model.budget import Budget
 from layerprune.model.data import batches
 from layerprune.model.decoder import states_BTD
-from layerprune.model.layermajor import PassPlan, layer_major, plan_passes
+from layerprune.model.layermajor import PassPlan, layer_major, plan_passes, working_bytes
 from layerprune.model.layerwise import Batch, State
 from layerprune.model.stream import StreamedModel
 from layerprune.model.tree import CutTree, Node
@@ -57,12 +57,3 @@ def rank_streamed(
         must_be_numbers(states_BLD)
         total.update(states_BLD)
     return total.distances(), plan
-
-
-def working_bytes(decoder: Any, tokens: int) -> int:
-    """What one layer takes for a batch beside its input and output: a rough upper bound from the widest weight."""
-    widest = max(max(p.shape) for p in decoder.layers[0].parameters() if p.dim() > 1)
-    config = decoder.model.config.get_text_config()
-    hidden = int(getattr(config, "hidden_size", 0) or 1)
-    vectors = 4 * hidden + 3 * min(widest, 8 * hidden)
-    return tokens * vectors * decoder.model.dtype.itemsize
