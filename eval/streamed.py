@@ -1,15 +1,18 @@
-"""Losses under many virtual cuts of a model that is larger than memory: its layers come one at a time, once for all."""
+"""Losses and tasks under many virtual cuts of a model that is larger than memory: its layers come once for all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from layerprune.eval.answers import Answers, sample_key
+from layerprune.eval.harness import Request
 from layerprune.eval.memory import logit_budget, state_budget, token_budget
-from layerprune.eval.sweep import losses_of, questions, summed_nats
+from layerprune.eval.sweep import BranchedModel, losses_of, questions, summed_nats, sweep_tasks
+from layerprune.eval.tasks import TaskSet, quiet
 from layerprune.model.branches import Answer, Asked, Branches
 from layerprune.model.budget import Budget
 from layerprune.model.cuts import Kept, describe_dropped
@@ -26,77 +29,162 @@ Say = Callable[[str], None]
 
 def sweep_streamed(
     streamed: StreamedModel,
+    tokenizer: Any,
     kept: Iterable[Kept],
-    sequences: Sequence[Sequence[int]],
     budget: Budget,
     *,
+    tasks: TaskSet | None = None,
+    sequences: Sequence[Sequence[int]] | None = None,
     answers: Answers | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
     progress: bool = False,
     say: Say = lambda line: None,
 ) -> dict[Kept, dict[str, Any] | None]:
-    """The loss under each `kept`, as `sweep_live` gives it for the whole model (to the bit on the CPU, at equal batches).
+    """`sweep_live` for a model whose layers come from its files: the same numbers (to the bit on the CPU, at equal batches).
 
-    say: told the plan (passes over the checkpoint, bytes, memory) before it starts. answers: as in `sweep_live`; a group of
-    documents that a pass answered is kept there, so that a killed call goes on with the next group. None stands for a cut
-    that this model cannot run (which is said). Raises Refused where the budget is too small, and for a whole model that
-    does not run.
+    The loss takes one series of passes over the checkpoint, the log-likelihoods of all tasks another; `say` is told of each
+    plan (passes, bytes, memory) before it starts. What a pass answered is kept in `answers`, so that a killed call goes on
+    with the next pass. Tasks that generate text are refused: for them the model must be loaded whole. None stands for a cut
+    that this model cannot run (which is said). Raises Refused where the budget is too small, and for a whole model that does
+    not run.
     """
     wanted = tuple(dict.fromkeys(kept))
     store = Answers() if answers is None else answers
     branches = Branches(streamed.decoder, wanted, logit_budget(streamed.device.type), absent=True)
+    stream = Stream(streamed, branches, budget, progress, say)
+    losses: dict[Kept, dict[str, Any]] = {}
+    scores: dict[Kept, Mapping[str, Any]] = {}
     try:
-        keys = [sample_key("loss", ids) for ids in sequences]
-        for some, missing in store.missing(branches.kept, keys).items():
-            _pass(streamed, branches, some, sequences, keys, missing, budget, store, progress, say)
+        if sequences is not None:
+            losses = _losses(stream, sequences, store)
+        if tasks is not None:
+            with quiet():
+                lm = StreamedTasks(stream, tokenizer, store, batch_size)
+            scores = dict(sweep_tasks(lm, tasks, limit, seed))
     finally:
         store.save()
-    layers = len(streamed)
     for one, reason in branches.broken.items():
-        say(f"left out: without layers {describe_dropped(one, layers)} this model does not run ({reason})")
-    losses = losses_of(branches, sequences, store)
-    return {one: {"loss": losses[one], "tasks": None} if one in losses else None for one in wanted}
+        say(f"left out: without layers {describe_dropped(one, len(streamed))} this model does not run ({reason})")
+    found: dict[Kept, dict[str, Any] | None] = dict.fromkeys(wanted)
+    for one in branches.kept:
+        if one not in branches.broken:
+            found[one] = {"loss": losses.get(one), "tasks": scores.get(one)}
+    return found
 
 
-def _pass(
-    streamed: StreamedModel, branches: Branches, kept: tuple[Kept, ...], sequences: Sequence[Sequence[int]],
-    keys: Sequence[bytes], missing: Sequence[int], budget: Budget, store: Answers, progress: bool, say: Say,
-) -> None:  # fmt: skip
-    """Answer the missing documents of some branches."""
-    kind = streamed.device.type
-    most = min(token_budget(kind), max(1, state_budget(kind) // branches.state_bytes(kept)))
-    made = batches([sequences[i] for i in missing], most)
-    tree = branches.tree(kept)
-    shapes = [(batch.ids_BT.shape[0], batch.ids_BT.shape[1]) for batch in made]
-    working = working_bytes(streamed.decoder, max(rows * tokens for rows, tokens in shapes)) + logit_budget(kind)
-    plan = plan_passes(streamed, tree, shapes, memory=budget.memory, ram=budget.ram, working=working)
-    say(plan.line())
-    asked: dict[int, Asked] = {}
-    found: dict[int, list[Answer | None]] = {}
+@dataclass(frozen=True)
+class Stream:
+    """The branches of one streamed model, asked in series of passes that the budget allows."""
 
-    def see(number: int, batch: Batch, node: Node | None, state: State) -> None:
-        if node is None:
-            asked[number] = questions(_rows(number), shapes[number][1])
-            found[number] = [None] * len(kept)
-        elif node.branches:
-            value_N, _ = branches.read(batch, state, asked[number], torch.float32)
-            for end in node.branches:
-                found[number][end] = (value_N.cpu(), None)
+    streamed: StreamedModel
+    branches: Branches
+    budget: Budget
+    progress: bool
+    say: Say
 
-    def _rows(number: int) -> list[Sequence[int]]:
-        return [sequences[missing[row]] for row in made[number].rows]
+    def answer(
+        self,
+        kept: tuple[Kept, ...],
+        batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+        asked: Callable[[int], Asked],
+        take: Callable[[int, torch.Tensor, torch.Tensor | None], None],
+        *,
+        what: str,
+        dtype: torch.dtype | None = None,
+        greedy: bool = False,
+        done: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run (ids, mask) batches; `take` gets each batch's number and what `Branches.score` returns for it.
 
-    def broken(ends: tuple[int, ...], reason: str) -> None:
-        for end in ends:
-            if len(kept[end]) == len(streamed):
-                raise Refused(f"this model does not run here, with all of its layers: {reason}")
-            branches.broken.setdefault(kept[end], reason)
+        asked: the questions about a batch. done: called after each pass. Numbers come batch by batch, when a pass is over.
+        """
+        streamed, branches = self.streamed, self.branches
+        tree = branches.tree(kept)
+        shapes = [(ids_BT.shape[0], ids_BT.shape[1]) for ids_BT, _ in batches]
+        working = working_bytes(streamed.decoder, max(rows * tokens for rows, tokens in shapes))
+        working += logit_budget(streamed.device.type)
+        plan = plan_passes(streamed, tree, shapes, memory=self.budget.memory, ram=self.budget.ram, working=working)
+        self.say(f"{what}: {plan.line()}")
+        questions_of: dict[int, Asked] = {}
+        found: dict[int, list[Answer | None]] = {}
 
-    def keep(group: Sequence[int]) -> None:
-        for number in group:
-            value_AN, _ = branches.gather(kept, found.pop(number), asked.pop(number))
-            store.add(kept, [keys[missing[row]] for row in made[number].rows], summed_nats(value_AN, _rows(number)))
-        store.save()
+        def see(number: int, batch: Batch, node: Node | None, state: State) -> None:
+            if node is None:
+                questions_of[number] = asked(number)
+                found[number] = [None] * len(kept)
+            elif node.branches:
+                value_N, greedy_N = branches.read(batch, state, questions_of[number], dtype, greedy)
+                answer = (value_N.cpu(), None if greedy_N is None else greedy_N.cpu())
+                for end in node.branches:
+                    found[number][end] = answer
 
-    steps = len(plan.groups) * len(used_layers(tree))
-    with progress_bar(steps, f"loss, {len(kept)} depths", "layer", progress) as bar:
-        layer_major(streamed, tree, [(b.ids_BT, b.mask_BT) for b in made], plan, see, broken=broken, done=keep, progress=bar.update)
+        def broken(ends: tuple[int, ...], reason: str) -> None:
+            for end in ends:
+                if len(kept[end]) == len(streamed):
+                    raise Refused(f"this model does not run here, with all of its layers: {reason}")
+                branches.broken.setdefault(kept[end], reason)
+
+        def over(group: Sequence[int]) -> None:
+            for number in group:
+                take(number, *branches.gather(kept, found.pop(number), questions_of.pop(number), greedy))
+            done()
+
+        branches.applications += tree.applications * len(batches)
+        steps = len(plan.groups) * len(used_layers(tree))
+        with progress_bar(steps, f"{what}, {len(kept)} depths", "layer", self.progress) as bar:
+            layer_major(streamed, tree, batches, plan, see, broken=broken, done=over, progress=bar.update)
+
+
+def _losses(stream: Stream, sequences: Sequence[Sequence[int]], store: Answers) -> dict[Kept, dict[str, Any]]:
+    branches, kind = stream.branches, stream.streamed.device.type
+    keys = [sample_key("loss", ids) for ids in sequences]
+    for kept, missing in store.missing(branches.kept, keys).items():
+        most = min(token_budget(kind), max(1, state_budget(kind) // branches.state_bytes(kept)))
+        made = batches([sequences[i] for i in missing], most)
+        rows = [[missing[row] for row in batch.rows] for batch in made]
+
+        def asked(number: int, rows: list[list[int]] = rows, made: Any = made) -> Asked:
+            return questions([sequences[i] for i in rows[number]], made[number].ids_BT.shape[1])
+
+        def take(
+            number: int, value_AN: torch.Tensor, _: Any, rows: list[list[int]] = rows, kept: tuple[Kept, ...] = kept
+        ) -> None:
+            own = [sequences[i] for i in rows[number]]
+            store.add(kept, [keys[i] for i in rows[number]], summed_nats(value_AN, own))
+
+        ids = [(batch.ids_BT, batch.mask_BT) for batch in made]
+        stream.answer(kept, ids, asked, take, what="loss", dtype=torch.float32, done=store.save)
+    return losses_of(branches, sequences, store)
+
+
+class StreamedTasks(BranchedModel):
+    """`BranchedModel` whose log-likelihoods come from passes over the checkpoint, all requests together."""
+
+    def __init__(self, stream: Stream, tokenizer: Any, store: Answers, batch_size: int | None) -> None:
+        super().__init__(stream.branches, tokenizer, store, batch_size, stream.progress, stream.say)
+        self.stream = stream
+
+    def _answer(self, kept: Sequence[Kept], requests: list[Request], rows: list[tuple[int, ...]], keys: list[bytes]) -> None:
+        made: list[tuple[Sequence[tuple[int, ...]], list[tuple[int, int]]]] = []
+        progress, self.progress = self.progress, False  # its bar would count batches that are only put together
+        try:
+            self._in_batches(requests, rows, lambda batch, asked: made.append((batch, asked)))
+        finally:
+            self.progress = progress
+        placed = [self._places(batch, asked, requests) for batch, asked in made]
+
+        def take(number: int, value_AN: torch.Tensor, greedy_AN: torch.Tensor | None) -> None:
+            self._keep(kept, made[number][1], requests, keys, value_AN, greedy_AN)
+
+        self.stream.answer(
+            tuple(kept), [(ids_BT, None) for ids_BT, _ in placed], lambda number: placed[number][1], take,
+            what="tasks", greedy=True, done=self.store.save,
+        )  # fmt: skip
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        raise Refused(
+            "a task here generates text, token by token, for which the model must be in memory as a whole: leave that task out, or "
+            "give more --memory or --ram"
+        )

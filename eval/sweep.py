@@ -65,7 +65,9 @@ def sweep_live(
         if sequences is not None:
             losses = sweep_losses(branches, sequences, store, progress)
         if tasks is not None:
-            scores = dict(_sweep_tasks(branches, tokenizer, tasks, store, limit, batch_size, seed, progress, say))
+            with quiet():
+                lm = BranchedModel(branches, tokenizer, store, batch_size, progress, say)
+            scores = dict(sweep_tasks(lm, tasks, limit, seed))
     finally:
         store.save()
     for one in set(branches.broken) - told:
@@ -180,23 +182,33 @@ class BranchedModel(LiveModel):
 
     def _answer(self, kept: Sequence[Kept], requests: list[Request], rows: list[tuple[int, ...]], keys: list[bytes]) -> None:
         def score(batch: Sequence[tuple[int, ...]], asked: list[tuple[int, int]]) -> None:
-            # the last len(continuation) positions of a row foretell the continuation
-            at = [
-                (row, len(batch[row]) - len(requests[i][2]) + k, token)
-                for row, i in asked
-                for k, token in enumerate(requests[i][2])
-            ]
-            row_N, position_N, token_N = torch.tensor(at).T
-            ids_BT = padded(batch)
-            places = Asked.make(row_N, position_N, token_N, ids_BT.shape[1])
+            ids_BT, places = self._places(batch, asked, requests)
             value_AN, greedy_AN = self.branches.score(kept, ids_BT, None, places, greedy=True)
-            assert greedy_AN is not None
-            lengths = torch.tensor([len(requests[i][2]) for _, i in asked])
-            value_AR = _sums(value_AN, lengths)
-            exact_AR = _sums((~greedy_AN).int(), lengths) == 0
-            self.store.add(kept, [keys[i] for _, i in asked], value_AR.double().numpy(), exact_AR.numpy())
+            self._keep(kept, asked, requests, keys, value_AN, greedy_AN)
 
         self._in_batches(requests, rows, score)
+
+    def _places(
+        self, batch: Sequence[tuple[int, ...]], asked: list[tuple[int, int]], requests: list[Request]
+    ) -> tuple[torch.Tensor, Asked]:
+        """A batch's token ids, and what is asked of it: the last len(continuation) positions of a row foretell it."""
+        at = [
+            (row, len(batch[row]) - len(requests[i][2]) + k, token) for row, i in asked for k, token in enumerate(requests[i][2])
+        ]
+        row_N, position_N, token_N = torch.tensor(at).T
+        ids_BT = padded(batch)
+        return ids_BT, Asked.make(row_N, position_N, token_N, ids_BT.shape[1])
+
+    def _keep(
+        self, kept: Sequence[Kept], asked: list[tuple[int, int]], requests: list[Request], keys: list[bytes],
+        value_AN: torch.Tensor, greedy_AN: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        """Sum up the answers about each continuation and keep them."""
+        assert greedy_AN is not None
+        lengths = torch.tensor([len(requests[i][2]) for _, i in asked])
+        value_AR = _sums(value_AN, lengths)
+        exact_AR = _sums((~greedy_AN).int(), lengths) == 0
+        self.store.add(kept, [keys[i] for _, i in asked], value_AR.double().numpy(), exact_AR.numpy())
 
     def _rows_that_fit(self, order: list[tuple[int, ...]], start: int, need: dict[tuple[int, ...], int]) -> int:
         return max(1, min(self.rows, self.tokens // len(order[start]), len(order) - start))
@@ -241,23 +253,12 @@ def _sums(value_AN: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.where(inside_RK, picked_ARK, 0).sum(dim=-1).to(value_AN.dtype)
 
 
-def _sweep_tasks(
-    branches: Branches,
-    tokenizer: Any,
-    tasks: TaskSet,
-    store: Answers,
-    limit: int | None,
-    batch_size: int | None,
-    seed: int,
-    progress: bool,
-    say: Say,
-) -> Iterator[tuple[Kept, Mapping[str, Any]]]:
+def sweep_tasks(lm: BranchedModel, tasks: TaskSet, limit: int | None, seed: int) -> Iterator[tuple[Kept, Mapping[str, Any]]]:
     """Score each branch by lm-eval, whose requests are built once."""
+    branches = lm.branches
     training = branches.decoder.model.training
     try:
-        with quiet():
-            lm = BranchedModel(branches, tokenizer, store, batch_size, progress, say)
-        with built_once(tasks), progress_bar(len(branches.kept), "depths", "depth", progress) as bar:
+        with built_once(tasks), progress_bar(len(branches.kept), "depths", "depth", lm.progress) as bar:
             for one in branches.kept:
                 if one in branches.broken:
                     continue
