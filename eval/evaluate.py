@@ -151,18 +151,26 @@ def evaluate_checkpoint(
     items: bool = False,
     out: str | Path | None = None,
     revision: str | None = None,
+    memory: str | int | None = None,
+    ram: str | int | None = None,
     progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure a checkpoint (recipe name, Hub id or folder), and write the result to `out` (an eval.json).
+
+    A model that does not fit in memory (or in `memory` of the GPU and `ram` of the host: bytes or text such as `8GiB`) is
+    not loaded: its layers come from its files one at a time, and `say` is told the plan first.
 
     What is None comes from the model's recipe, else: C4, 256 documents, no tasks. tasks: lm-eval names, `name:5` for
     5 in-context examples. items: keep each item's correctness. loss: False leaves the loss out. The tasks and the
     data are loaded before the model, so that what is missing shows at once. Raises UsageError and Refused.
     """
-    from layerprune.model.config import pick_length
+    from layerprune.model.budget import streaming_budget
+    from layerprune.model.config import load_config, pick_length
     from layerprune.model.decoder import view_decoder
     from layerprune.model.load import load_model, load_tokenizer, pick_device
     from layerprune.model.source import find_model
+    from layerprune.model.stream import StreamedModel
 
     start = time.monotonic()
     if out is not None:
@@ -185,20 +193,27 @@ def evaluate_checkpoint(
         check_data(data, "--eval-data", "validation", seed)
     ready = load_tasks(asked, folder, seed) if asked else None
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
-    sequences = loss_sequences(tokenizer, live.config, data, samples, length, seed, progress) if loss else None
-    decoder = view_decoder(live)
-    measured = evaluate_live(
-        live,
-        tokenizer,
-        tasks=ready,
-        limit=limit,
-        sequences=sequences,
-        batch_size=batch_size,
-        seed=seed,
-        samples=items,
-        progress=progress,
-    )
+    budget = streaming_budget(source.folder, device=device, dtype=dtype, memory=memory, ram=ram)
+    config = load_config(source.folder, trust_remote_code)
+    sequences = loss_sequences(tokenizer, config, data, samples, length, seed, progress) if loss else None
+    if budget is not None:
+        streamed = StreamedModel(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        decoder, live = streamed.decoder, streamed.decoder.model
+        measured = _from_disk(streamed, tokenizer, budget, ready, sequences, limit, batch_size, seed, items, progress, say)
+    else:
+        live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+        decoder = view_decoder(live)
+        measured = evaluate_live(
+            live,
+            tokenizer,
+            tasks=ready,
+            limit=limit,
+            sequences=sequences,
+            batch_size=batch_size,
+            seed=seed,
+            samples=items,
+            progress=progress,
+        )
     card = source.folder / "layerprune.json"
     result = {
         "model": str(model),
@@ -223,6 +238,24 @@ def evaluate_checkpoint(
         with made_folder(Path(out).parent):
             write_json(Path(out), result)
     return result
+
+
+def _from_disk(
+    streamed: Any, tokenizer: Any, budget: Any, tasks: TaskSet | None, sequences: Any, limit: int | None,
+    batch_size: int | None, seed: int, items: bool, progress: bool, say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """What `evaluate_live` gives, of a model whose layers come from its files."""
+    from layerprune.eval.streamed import sweep_streamed
+
+    whole = tuple(range(len(streamed)))
+    found = sweep_streamed(
+        streamed, tokenizer, [whole], budget, tasks=tasks, sequences=sequences, limit=limit, batch_size=batch_size, seed=seed,
+        progress=progress, say=say,
+    )[whole]  # fmt: skip
+    assert found is not None  # a whole model that does not run is refused
+    if found["tasks"] is not None and not items:
+        found["tasks"] = {key: value for key, value in found["tasks"].items() if key not in ("correct", "items")}
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -95,6 +95,11 @@ _dtype = click.option(
     help="auto, float32, bfloat16 or float16; auto: the checkpoint's on a GPU, float32 on the CPU.",
 )  # fmt: skip
 _device = click.option("--device", metavar="D", help="cpu, cuda, cuda:1  [the GPUs where there are any].")
+_memory = click.option(
+    "--memory", metavar="SIZE",
+    help="GPU memory that may be used, such as 24GiB  [what is free]; a larger model is read layer by layer.",
+)  # fmt: skip
+_ram = click.option("--ram", metavar="SIZE", help="Host memory that may be used, such as 8GiB  [what is free].")
 _trust = click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _v = click.option(
@@ -140,7 +145,7 @@ def _print(result: Any, as_json: bool, text: Callable[[], str]) -> None:
 @click.option("--no-heal", is_flag=True, help="Stop after cutting: the result is the cut checkpoint.")
 @click.option("--curve", metavar="F,F", help="Fractions of the curve, not healed  [the recipe's; 0.1 to 0.6]; '' for none.")
 @_options(_keep)
-@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _verify)
+@_options(_samples, _length, _seed, _dtype, _device, _memory, _ram, _batch, _trust, _verify)
 @_options(_out("runs/<model>-<strategy>-<drop>"), _json, _v)
 def run(tasks: str | None, curve: str | None, no_heal: bool, as_json: bool, **options: Any) -> None:
     """Rank, prune, heal, evaluate and draw, in one run folder.
@@ -179,7 +184,8 @@ def _fraction(text: str, option: str = "--curve") -> float:
 )  # fmt: skip
 @_options(_keep, _tasks, _shots, _limit, _task_folder, _calibration, _heal_data, _eval_data)
 @_options(_heal_steps, _heal_tokens, _heal_with)
-@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _out("runs/<model>-sweep"), _json, _v)
+@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _memory, _ram)
+@_options(_out("runs/<model>-sweep"), _json, _v)
 def sweep(strategy: str, tasks: str | None, heal: str | None, as_json: bool, **options: Any) -> None:
     """Loss and accuracy at every depth, both strategies, from one pass over the data; and where they collapse.
 
@@ -196,7 +202,8 @@ def sweep(strategy: str, tasks: str | None, heal: str | None, as_json: bool, **o
 @main.command(short_help="The deepest cut that keeps the accuracy.")
 @_options(_model, _keep, _strategy, _tasks, _shots, _limit, _task_folder, _calibration, _heal_data, _eval_data)
 @_options(_heal_steps, _heal_tokens, _heal_with)
-@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _out("runs/<model>-find"), _json, _v)
+@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _memory, _ram)
+@_options(_out("runs/<model>-find"), _json, _v)
 def find(tasks: str | None, as_json: bool, **options: Any) -> None:
     """How many layers can go, healed, so that a share of the accuracy above chance stays on every task?
 
@@ -222,14 +229,16 @@ def compare(runs: tuple[str, ...], out: str | None, as_json: bool) -> None:
 
 
 @main.command(short_help="Rank all blocks of layers in one pass.")
-@_options(_model, _calibration, _samples, _length, _seed, _dtype, _device, _trust, _out("runs/<model>-rank"), _json, _v)
+@_options(_model, _calibration, _samples, _length, _seed, _dtype, _device, _memory, _ram, _trust)
+@_options(_out("runs/<model>-rank"), _json, _v)
 def rank(as_json: bool, **options: Any) -> None:
     """Rank all blocks of layers by angular distance, in one pass."""
+    from layerprune.stages import to_stderr
     from layerprune.steps import format_rank
     from layerprune.steps import rank as rank_all
 
     options["data"] = options.pop("calibration")
-    result = rank_all(progress=True, **options)
+    result = rank_all(progress=True, say=to_stderr, **options)
     _print(result, as_json, lambda: format_rank(result))
 
 
@@ -304,16 +313,19 @@ def heal(
 @click.option("--model", required=True, metavar="DIR", help="Any recipe name, Hub id or folder.")
 @_options(_tasks, _shots, _limit, _task_folder, _eval_data)
 @click.option("--no-loss", is_flag=True, help="Tasks only.")
-@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _out("runs/<model>-eval"), _json, _v)
+@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _memory, _ram)
+@_options(_out("runs/<model>-eval"), _json, _v)
 def evaluate(tasks: str | None, eval_data: str | None, no_loss: bool, out: str | None, as_json: bool, **options: Any) -> None:
     """Score a checkpoint on lm-eval tasks, and measure its normalised loss; writes eval.json."""
     from layerprune.eval.evaluate import evaluate_checkpoint, format_table
+    from layerprune.stages import to_stderr
     from layerprune.steps import default_folder
 
     folder = default_folder(out, options["model"], "eval")
     result = evaluate_checkpoint(
-        tasks=_split(tasks), data=eval_data, loss=not no_loss, items=True, out=folder / "eval.json", progress=True, **options
-    )
+        tasks=_split(tasks), data=eval_data, loss=not no_loss, items=True, out=folder / "eval.json", progress=True,
+        say=to_stderr, **options,
+    )  # fmt: skip
     _print(result, as_json, lambda: format_table(result) + f"\n\n{folder / 'eval.json'}")
 
 

@@ -128,26 +128,20 @@ class _Run:
         depths = [0, *(n for n in self.plan.curve if n != self.plan.n)]
         shown = ", ".join(map(str, depths[1:])) or "none"
         self.say(f"evaluating the whole model, and the curve in the same pass: {shown} layers dropped")
-        from layerprune.eval.speed import generation_speed
-
         found = self.stages.sweep([self.kept(n, ranking) for n in depths], self.folder.work / "answers")
-        live, tokenizer = self.stages.source()
         whole = found[self.kept(0, ranking)]
         assert whole is not None  # a whole model that does not run is refused
-        whole["speed"] = generation_speed(live, tokenizer)
+        whole["speed"] = self.stages.speed()
         return {str(n): found[self.kept(n, ranking)] for n in depths}
 
     def evaluate(self) -> dict[str, Any]:
-        from layerprune.eval.speed import generation_speed
-
         swept = read_json(self.folder.work / "sweep.json")["0"]
         found = {"whole": {**self.stages.sizes(self.plan.source.folder), **swept}}
         for name in ("pruned", *(["healed"] if self.plan.heal is not None else [])):
 
             def make(name: str = name) -> dict[str, Any]:
                 self.say(f"evaluating {name}")
-                live, tokenizer = self.stages.load(self.path / name)
-                return {**self.stages.measure(live, tokenizer), "speed": generation_speed(live, tokenizer)}
+                return self.stages.measure(self.path / name, speed=True)
 
             found[name] = {**self.stages.sizes(self.path / name), **self.folder.once(f".work/{name}.json", make)}
         return found

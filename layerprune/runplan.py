@@ -14,6 +14,7 @@ from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import must_have_room
 from layerprune.model.fingerprint import checkpoint_fingerprint, folder_fingerprint, tokenizer_fingerprint
 from layerprune.model.load import pick_device, pick_dtype
+from layerprune.model.memory import byte_count
 from layerprune.model.recipes import EvalSettings, HealSettings, Recipe
 from layerprune.model.source import ModelSource, find_model
 from layerprune.model.tensors import read_checkpoint
@@ -42,6 +43,9 @@ class Setup:
     asked_device: str | None
     """As the user gave it: one left open spreads a model over several GPUs."""
     trust_remote_code: bool
+    memory: int | None
+    ram: int | None
+    """Bytes of the GPU's and of the host's memory that may be used, where the user said so."""
 
     def heal_inputs(self) -> dict[str, Any] | None:
         """What decides how a cut is healed; files count by content, wherever they lie."""
@@ -155,11 +159,15 @@ def set_up(
     dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
+    memory: str | int | None = None,
+    ram: str | int | None = None,
 ) -> Setup:
     """Resolve and check settings; nothing is loaded. What is None comes from the recipe, else from the defaults.
 
-    heal: whether there will be healing, whose data and device are checked then. heal_with: other settings of
-    `heal_checkpoint`, as a mapping or as `key=value` texts. Raises UsageError and Refused.
+    memory, ram: of the GPU and of the host, as text such as `8GiB` or in bytes; a model that does not fit in them (by default:
+    in what is free) is ranked and measured layer by layer from its files, and healing plans for `memory`. heal: whether there
+    will be healing, whose data and device are checked then. heal_with: other settings of `heal_checkpoint`, as a mapping or
+    as `key=value` texts. Raises UsageError and Refused.
     """
     from layerprune.eval.evaluate import parse_tasks
     from layerprune.prune.rank import rank_settings
@@ -170,6 +178,11 @@ def set_up(
             raise UsageError(f"{option} {number} is not a number above 0")
     more = heal_settings_from(heal_with)
     pick_dtype(dtype, pick_device(device))
+    gpu, host = byte_count(memory, "--memory"), byte_count(ram, "--ram")
+    if gpu is not None and pick_device(device) == "cpu":
+        raise UsageError("--memory is the GPU's, and the model runs on the CPU: use --ram for the host's memory")
+    if gpu is not None and heal:
+        more.setdefault("memory", str(memory) if isinstance(memory, str) else gpu)
     config = load_config(source.folder, trust_remote_code)
     recipe = source.recipe
     base = recipe.eval if recipe else EvalSettings()
@@ -227,6 +240,8 @@ def set_up(
         device=pick_device(device),
         asked_device=device,
         trust_remote_code=trust_remote_code,
+        memory=gpu,
+        ram=host,
     )
 
 

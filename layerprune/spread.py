@@ -169,6 +169,8 @@ def settings_of(setup: Setup) -> dict[str, Any]:
         # a sweep on the CPU is healed on the CPU, whatever the worker's machine has
         "device": "cpu" if setup.device == "cpu" else setup.asked_device,
         "trust_remote_code": setup.trust_remote_code,
+        "memory": setup.memory,
+        "ram": setup.ram,
     }
 
 

@@ -29,12 +29,39 @@ class Stages:
         self.setup, self.say, self.progress, self.verify, self.batch_size = setup, say, progress, verify, batch_size
         self._ready: tuple[Any, Any] | None = None
         self._source: tuple[Any, Any] | None = None
+        self._streamed: tuple[Any, Any] | None = None
+
+    def budget(self, folder: Path) -> Any:
+        """The memory within which a checkpoint is streamed; None where it fits, and is loaded."""
+        from layerprune.model.budget import streaming_budget
+
+        setup = self.setup
+        return streaming_budget(
+            folder, device=setup.asked_device, dtype=setup.dtype, memory=setup.memory, ram=setup.ram
+        )
+
+    def stream(self, folder: Path) -> tuple[Any, Any]:
+        """A model whose layers stay in its files, and its tokenizer. The source, if it is held, goes first."""
+        from layerprune.model.load import load_tokenizer
+        from layerprune.model.stream import StreamedModel
+
+        self._source = self._streamed = None
+        setup = self.setup
+        made = StreamedModel(
+            folder, device=setup.asked_device, dtype=setup.dtype, trust_remote_code=setup.trust_remote_code
+        )
+        return made, load_tokenizer(folder, setup.trust_remote_code)
+
+    def streamed_source(self) -> tuple[Any, Any]:
+        if self._streamed is None:
+            self._streamed = self.stream(self.setup.source.folder)
+        return self._streamed
 
     def load(self, folder: Path) -> tuple[Any, Any]:
         """A live model and its tokenizer. The source, if it is held, goes first."""
         from layerprune.model.load import load_model, load_tokenizer
 
-        self._source = None
+        self._source = self._streamed = None
         setup = self.setup
         live = load_model(
             folder,
@@ -57,16 +84,22 @@ class Stages:
 
         import torch
 
-        self._source = None
+        self._source = self._streamed = None
         gc.collect()  # a model that accelerate spread refers to itself
         torch.cuda.empty_cache()
 
     def rank(self) -> dict[str, Any]:
         from layerprune.model.decoder import view_decoder
-        from layerprune.prune.rank import rank_live
+        from layerprune.prune.rank import rank_from_disk, rank_live
 
-        live, tokenizer = self.source()
         setup = self.setup
+        budget = self.budget(setup.source.folder)
+        if budget is not None:
+            streamed, tokenizer = self.streamed_source()
+            return rank_from_disk(
+                streamed, tokenizer, setup.rank, setup.source, budget, seed=setup.seed, progress=self.progress, say=self.say
+            )
+        live, tokenizer = self.source()
         return dict(
             rank_live(view_decoder(live), tokenizer, setup.rank, setup.source, seed=setup.seed, progress=self.progress)
         )
@@ -110,7 +143,7 @@ class Stages:
         """Heal a cut checkpoint."""
         from layerprune.heal.train import heal_checkpoint
 
-        self._source = None
+        self._source = self._streamed = None
         setup = self.setup
         assert setup.heal is not None
         # the documents that the result is measured on: training leaves them out
@@ -147,12 +180,31 @@ class Stages:
             self._ready = (tasks, sequences)
         return self._ready
 
-    def measure(self, live: Any, tokenizer: Any) -> dict[str, Any]:
-        """Loss and tasks of one live model."""
+    def measure(self, folder: Path, speed: bool = False) -> dict[str, Any]:
+        """Loss and tasks of a checkpoint, and the speed of its generation (None for one that has to be streamed)."""
         from layerprune.eval.evaluate import evaluate_live
+        from layerprune.eval.speed import generation_speed
 
+        budget = self.budget(folder)
+        if budget is not None:
+            streamed, tokenizer = self.stream(folder)
+            whole = tuple(range(len(streamed)))
+            found = self._from_disk(streamed, tokenizer, [whole], budget, None)[whole]
+            assert found is not None  # a whole model that does not run is refused
+            return {**found, "speed": None} if speed else found
+        live, tokenizer = self.load(folder)
+        measured = self._measure(live, tokenizer, evaluate_live)
+        return {**measured, "speed": generation_speed(live, tokenizer)} if speed else measured
+
+    def speed(self) -> dict[str, Any] | None:
+        """Of the source's generation; None where it is streamed."""
+        from layerprune.eval.speed import generation_speed
+
+        return None if self.budget(self.setup.source.folder) is not None else generation_speed(*self.source())
+
+    def _measure(self, live: Any, tokenizer: Any, evaluate_live: Any) -> dict[str, Any]:
         tasks, sequences = self.ready()
-        return evaluate_live(
+        found: dict[str, Any] = evaluate_live(
             live,
             tokenizer,
             tasks=tasks,
@@ -163,12 +215,16 @@ class Stages:
             samples=True,
             progress=self.progress,
         )
+        return found
 
     def sweep(self, kept: Iterable[Kept], answers: Path) -> dict[Kept, dict[str, Any] | None]:
         """Loss and tasks of the source under many virtual cuts; None where it cannot run."""
         from layerprune.eval.answers import Answers
         from layerprune.eval.sweep import sweep_live
 
+        budget = self.budget(self.setup.source.folder)
+        if budget is not None:
+            return self._from_disk(*self.streamed_source(), kept, budget, answers)
         live, tokenizer = self.source()
         tasks, sequences = self.ready()
         return sweep_live(
@@ -178,6 +234,28 @@ class Stages:
             tasks=tasks,
             sequences=sequences,
             answers=Answers(answers),
+            limit=self.setup.evaluation.limit,
+            batch_size=self.batch_size,
+            seed=self.setup.seed,
+            progress=self.progress,
+            say=self.say,
+        )
+
+    def _from_disk(
+        self, streamed: Any, tokenizer: Any, kept: Iterable[Kept], budget: Any, answers: Path | None
+    ) -> dict[Kept, dict[str, Any] | None]:
+        from layerprune.eval.answers import Answers
+        from layerprune.eval.streamed import sweep_streamed
+
+        tasks, sequences = self.ready()
+        return sweep_streamed(
+            streamed,
+            tokenizer,
+            kept,
+            budget,
+            tasks=tasks,
+            sequences=sequences,
+            answers=None if answers is None else Answers(answers),
             limit=self.setup.evaluation.limit,
             batch_size=self.batch_size,
             seed=self.setup.seed,

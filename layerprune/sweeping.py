@@ -380,8 +380,7 @@ def heal_depth(stages: Stages, folder: Path, strategy: str, n: int, ranking: Map
     shutil.rmtree(pruned, ignore_errors=True)
     if depth_measured(stages, folder, strategy, n) is None:
         stages.say(f"evaluating the healed cut of n = {n} ({strategy})")
-        live, tokenizer = stages.load(healed)
-        write_json(place / "eval.json", {"asked": tasks, **stages.measure(live, tokenizer)})
+        write_json(place / "eval.json", {"asked": tasks, **stages.measure(healed)})
     return dict(read_json(place / "eval.json"))
 
 

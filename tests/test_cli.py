@@ -16,6 +16,7 @@ from layerprune.cli import main
 COMMON = {"--model", "--length", "--seed", "--device", "--trust-remote-code", "--out", "--json", "-v", "--verbose", "-h", "--help"}
 DATA = {"--samples", "--dtype"}
 TASKS = {"--tasks", "--num-fewshot", "--limit", "--task-folder", "--batch-size"}
+MEMORY = {"--memory", "--ram"}
 HEAL = {"--heal-steps", "--heal-tokens", "--heal-with"}
 FLAGS = {
     "run": COMMON
@@ -23,16 +24,18 @@ FLAGS = {
     | TASKS
     | {"--drop", "--strategy", "--calibration", "--heal-data", "--eval-data", "--no-heal", "--curve"}
     | HEAL
+    | MEMORY
     | {"--verify", "--no-verify", "--keep"},
     "sweep": COMMON
     | DATA
     | TASKS
     | HEAL
+    | MEMORY
     | {"--strategy", "--drops", "--heal", "--keep", "--calibration", "--heal-data", "--eval-data"}
     | {"--workers", "--launcher", "--launcher-args"},
-    "find": COMMON | DATA | TASKS | HEAL | {"--strategy", "--keep", "--calibration", "--heal-data", "--eval-data"},
+    "find": COMMON | DATA | TASKS | HEAL | MEMORY | {"--strategy", "--keep", "--calibration", "--heal-data", "--eval-data"},
     "compare": {"--out", "--json", "-v", "--verbose", "-h", "--help"},
-    "rank": COMMON | DATA | {"--calibration"},
+    "rank": COMMON | DATA | MEMORY | {"--calibration"},
     "prune": COMMON
     | DATA
     | {"--drop", "--layers", "--strategy", "--ranking", "--calibration", "--dry-run", "--verify", "--no-verify"},
@@ -40,7 +43,7 @@ FLAGS = {
     | {"--heal-data", "--heal-steps", "--heal-tokens", "--learning-rate", "--lora-rank", "--dropout", "--warmup-steps"}
     | {"--batch-size", "--micro-batch", "--memory", "--targets", "--adapters", "--distil", "--bridge", "--teacher"}
     | {"--packing", "--validation", "--merge", "--report-to"},
-    "eval": COMMON | DATA | TASKS | {"--eval-data", "--no-loss"},
+    "eval": COMMON | DATA | TASKS | MEMORY | {"--eval-data", "--no-loss"},
     "depth": COMMON | DATA | {"--probe", "--reference", "--eval-data", "--tasks", "--limit", "--task-folder"},
     "recipes": {"--json", "-h", "--help"},
     "check": {"--drop", "--device", "--json", "-h", "--help"},
