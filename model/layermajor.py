@@ -182,7 +182,7 @@ def layer_major(
     """Run batches (ids, mask) through the tree, layer by layer, a pass for each group of the plan.
 
     see(number, batch, node, state) gets the output of every node of every batch, and first x^(0) with None for a node.
-    broken: told which branches cannot be run, and why; without it what the model raises is let through. done: told the
+    broken: told which branches cannot be run, and why; without it Refused is raised then. done: told the
     batches of each group when its pass is over. progress: told of each layer. The states that `see` gets are equal to those
     of `CutTree.walk`, to the bit, at equal shapes.
     """
@@ -254,7 +254,11 @@ class _Walk:
             raise
         except model_errors() as error:
             if self.broken is None:
-                raise
+                kind = type(self.streamed.decoder.model).__name__
+                raise Refused(
+                    f"this {kind} cannot be run layer by layer: layer {node.layer} needs more than a state ({one_line(error)}); "
+                    "load it whole"
+                ) from error
             below = nodes_below(node)
             self.gone.update(id(one) for one in below)
             self.broken(tuple(end for one in below for end in one.branches), one_line(error))

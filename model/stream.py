@@ -8,7 +8,7 @@ is then still without weights, or was changed elsewhere, is a layout that cannot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class StreamedModel:
     def stored_bytes(self, layer: int) -> int:
         return sum(t.nbytes for t in self._groups[layer].values())
 
-    def layers(self, order: Sequence[int], hold: Sequence[int] = ()) -> Iterator[int]:
+    def layers(self, order: Sequence[int], hold: Sequence[int] = ()) -> Generator[int, None, None]:
         """Each layer of `order` in turn, in while its number is out; the next one is read meanwhile by a thread.
 
         hold: layers that are brought in first and stay until the end. The iterator must be run to its end, or closed.

@@ -1,0 +1,180 @@
+"""A model larger than memory: ranked, and swept at every depth (last n), from its files; memory, bytes read, time.
+
+    python benchmarks/streaming.py --work FOLDER --shape llama-2-7b --ram 4GiB --dtype bfloat16 --out benchmarks/streaming_cpu.json
+    python benchmarks/streaming.py --work FOLDER --shape llama-2-13b --memory 6GiB --resident --out benchmarks/streaming_gpu.json
+
+Makes a random bf16 checkpoint of the shape in FOLDER, sharded (kept, and used again by the next call). Each measurement is a
+process of its own, whose peak of resident memory is the kernel's (VmHWM: pages of mapped files count). Times: bringing all
+layers in without computing; the streamed computation; and with --resident (where the model fits) the same computation by the
+loaded model. `share` is the streamed time over the larger of the other two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from record import write_record
+
+SHAPES = {
+    "llama-2-7b": (32, 4096, 11008, 32), "llama-2-13b": (40, 5120, 13824, 40), "small": (12, 256, 688, 4),
+}  # fmt: skip
+"""Layers, hidden size, width of the MLP, heads; vocabulary 32,000."""
+VOCABULARY = 32_000
+SHARD = 5_000_000_000
+
+
+def make_checkpoint(folder: Path, shape: str) -> None:
+    """Random weights around 0 with the spread of an initialisation, in shards; never more than a tensor in memory."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    layers, hidden, width, heads = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, max_position_embeddings=4096, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    square = {f"self_attn.{n}_proj": (hidden, hidden) for n in "qkvo"}
+    mlp = {"mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width)}
+    norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    names: dict[str, tuple[int, ...]] = {"model.embed_tokens": (VOCABULARY, hidden)}
+    for layer in range(layers):
+        names |= {f"model.layers.{layer}.{n}": size for n, size in {**square, **mlp, **norms}.items()}
+    names |= {"model.norm": (hidden,), "lm_head": (VOCABULARY, hidden)}
+    some = torch.Generator().manual_seed(0)
+    pool = (0.02 * torch.randn(1 << 24, generator=some)).to(torch.bfloat16)
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    shard: dict[str, Any] = {}
+    where: dict[str, str] = {}
+    number = total = 0
+
+    def write() -> None:
+        nonlocal number, shard
+        number += 1
+        file = f"model-{number:05d}.safetensors"
+        save_file(shard, folder / file, {"format": "pt"})
+        where.update(dict.fromkeys(shard, file))
+        shard = {}
+
+    for name, size in names.items():
+        count = 1
+        for edge in size:
+            count *= edge
+        start = int(torch.randint(0, 1 << 20, (1,), generator=some))
+        if len(size) == 1:
+            tensor = torch.ones(size, dtype=torch.bfloat16)
+        else:
+            tensor = torch.cat([pool[start:], *[pool] * (count // len(pool) + 1)])[:count].view(size).clone()
+        shard[f"{name}.weight"] = tensor
+        total += 2 * count
+        if sum(2 * t.numel() for t in shard.values()) > min(SHARD, 1 << 30):
+            write()
+    if shard:
+        write()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One measurement in this process."""
+    import torch
+
+    from layerprune.model.budget import Budget
+    from layerprune.model.load import load_model
+    from layerprune.model.memory import byte_count
+    from layerprune.model.stream import StreamedModel
+
+    folder = args.work / args.shape
+    layers = SHAPES[args.shape][0]
+    some = torch.Generator().manual_seed(1)
+    asked = [torch.randint(3, VOCABULARY, (args.length,), generator=some).tolist() for _ in range(args.samples)]
+    kept = [tuple(range(layers)), *[(*range(layers - 1 - n), layers - 1) for n in range(1, layers - 1)]]
+    told: list[str] = []
+    found: dict[str, Any] = {}
+
+    def timed(work: Any) -> Any:
+        started = time.perf_counter()
+        result = work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found["seconds"] = time.perf_counter() - started
+        return result
+
+    if args.measure.startswith("resident"):
+        from layerprune.eval.sweep import sweep_live
+        from layerprune.model.decoder import view_decoder
+        from layerprune.prune.rank import rank_decoder
+
+        live = load_model(folder, device=args.device, dtype=args.dtype)
+        rank_decoder(view_decoder(live), asked[:1])  # what is made at the first pass is made
+        if args.measure == "resident-rank":
+            timed(lambda: rank_decoder(view_decoder(live), asked))
+        else:
+            timed(lambda: sweep_live(live, None, kept, sequences=asked))
+    else:
+        from layerprune.eval.streamed import sweep_streamed
+        from layerprune.prune.rank_streamed import rank_streamed
+
+        streamed = StreamedModel(folder, device=args.device, dtype=args.dtype)
+        budget = Budget(byte_count(args.memory, "--memory"), byte_count(args.ram, "--ram") or 1 << 40)
+        before = streamed.read
+        if args.measure == "read":
+            timed(lambda: [None for _ in streamed.layers(range(layers))])
+        elif args.measure == "rank":
+            timed(lambda: rank_streamed(streamed, asked, budget, say=told.append))
+        else:
+            timed(lambda: sweep_streamed(streamed, None, kept, budget, sequences=asked, say=told.append))
+        passes = max(1, sum(int(line.split(" pass")[0].split()[-1]) for line in told))
+        stored = sum(streamed.stored_bytes(i) for i in range(layers))
+        found |= {"plan": told, "passes": passes, "read": streamed.read - before, "read_of_layers": (streamed.read - before) / stored}
+        found["read_of_checkpoint"] = streamed.read / (passes * (before + stored))
+    if torch.cuda.is_available():
+        found["gpu_peak"] = torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    found["rss_peak"] = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--ram")
+    parser.add_argument("--memory")
+    parser.add_argument("--resident", action="store_true")
+    parser.add_argument("--measure")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args)))
+        return
+    if not (args.work / args.shape).exists():
+        made = args.work / f".{args.shape}"
+        make_checkpoint(made, args.shape)
+        made.rename(args.work / args.shape)
+    found: dict[str, Any] = {}
+    for what in ("read", "rank", "sweep", *(("resident-rank", "resident-sweep") if args.resident else ())):
+        call = [sys.executable, __file__, *sys.argv[1:], "--measure", what]
+        found[what] = json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        print(what, json.dumps(found[what]), file=sys.stderr, flush=True)
+    for what in ("rank", "sweep"):
+        others = [found["read"]["seconds"] * found[what]["passes"]]
+        if args.resident:
+            others.append(found[f"resident-{what}"]["seconds"])
+        found[what]["share"] = found[what]["seconds"] / max(others)
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "work", "measure") and v is not None}
+    write_record(args.out, {"settings": settings, "found": found})
+
+
+if __name__ == "__main__":
+    main()

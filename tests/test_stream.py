@@ -1,0 +1,357 @@
+"""Layers that come one at a time are those of the loaded model, and what is computed with them is equal to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from layerprune.eval.answers import Answers
+from layerprune.eval.streamed import sweep_streamed
+from layerprune.eval.sweep import sweep_live
+from layerprune.model import stream
+from layerprune.model.branches import Branches
+from layerprune.model.budget import Budget, streaming_budget
+from layerprune.model.decoder import Decoder, view_decoder
+from layerprune.model.errors import Refused, UsageError
+from layerprune.model.layermajor import PassPlan, layer_major, nodes_of, plan_passes, prove_stack, stored_states, working_bytes
+from layerprune.model.layerwise import Batch, Layerwise, State
+from layerprune.model.load import load_model, load_tokenizer
+from layerprune.model.stream import StreamedModel
+from layerprune.model.tree import CutTree, Node
+from layerprune.prune.rank import rank_blocks, rank_decoder
+from layerprune.prune.rank_streamed import rank_streamed
+
+torch.set_num_threads(1)
+WHOLE_ONLY = {"RWKV", "GLM-5", "LongCat-Flash", "Zamba", "Zamba2"}
+"""Families that are refused: layers that share weights, or hand on more than a state."""
+PLENTY = Budget(None, 8 << 30)
+
+
+def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def sequences(vocab: int, lengths: tuple[int, ...] = (14, 12, 14, 9, 10, 14)) -> list[list[int]]:
+    some = torch.Generator().manual_seed(0)
+    return [torch.randint(2, vocab, (n,), generator=some).tolist() for n in lengths]
+
+
+def cuts(layers: int) -> list[tuple[int, ...]]:
+    """The whole model, its last-n curve, and two blocks, one of them at the start."""
+    last = [(*range(layers - 1 - n), layers - 1) for n in range(1, layers - 1)]
+    blocks = [tuple(i for i in range(layers) if not a <= i < b) for a, b in ((2, 4), (0, 2))]
+    return [tuple(range(layers)), *last, *blocks]
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_family_is_equal_to_the_bit_or_refused(name: str, tmp_path: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    if families.FAMILIES[name].model_type not in CONFIG_MAPPING:
+        pytest.skip("this transformers does not know it")
+    folder = families.build(name, tmp_path / "source")
+    asked = sequences(families.COMMON["vocab_size"])
+    if name in WHOLE_ONLY:
+        with pytest.raises(Refused, match=r"layer by layer|layout is not supported"):
+            rank_streamed(StreamedModel(folder, device="cpu", dtype="float32"), asked, PLENTY)
+        return
+    live = load_model(folder, device="cpu", dtype="float32")
+    streamed = StreamedModel(folder, device="cpu", dtype="float32")
+    own, inside = tensors(live), f"{streamed.decoder.path}."
+    rest = {n: t for n, t in tensors(streamed.decoder.model).items() if not n.startswith(inside)}
+    assert_same(rest, {n: t for n, t in own.items() if not n.startswith(inside)})
+    for layer in streamed.layers(range(len(streamed))):
+        assert_same(tensors(streamed.decoder.layers[layer]), tensors(view_decoder(live).layers[layer]))
+    distance, _ = rank_streamed(streamed, asked, PLENTY)
+    assert distance == rank_decoder(view_decoder(live), asked)
+    kept = cuts(families.LAYERS)
+    found = sweep_streamed(streamed, None, kept, PLENTY, sequences=asked)
+    assert found == sweep_live(live, None, kept, sequences=asked)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "GPT-J", "Mixtral", "Gemma-3", "BLOOM"])
+def test_in_half_precision_too(name: str, tmp_path: Path) -> None:
+    folder = families.build(name, tmp_path / "source")
+    live = load_model(folder, device="cpu", dtype="bfloat16")
+    streamed = StreamedModel(folder, device="cpu", dtype="bfloat16")
+    for layer in streamed.layers(range(len(streamed))):
+        assert_same(tensors(streamed.decoder.layers[layer]), tensors(view_decoder(live).layers[layer]))
+    inside = f"{streamed.decoder.path}."
+    rest = {n: t for n, t in tensors(streamed.decoder.model).items() if not n.startswith(inside)}
+    assert_same(rest, {n: t for n, t in tensors(live).items() if not n.startswith(inside)})
+
+
+@pytest.fixture
+def sharded(build_llama: Callable[..., Path], tmp_path: Path) -> Path:
+    return build_llama(tmp_path / "sharded", layers=6, shard="100KB")
+
+
+def absent(layer: torch.nn.Module) -> bool:
+    return all(t.is_meta for t in layer.parameters())
+
+
+def test_layers_come_and_go_and_each_byte_is_read_once(sharded: Path) -> None:
+    assert len(list(sharded.glob("*.safetensors"))) > 3
+    streamed = StreamedModel(sharded, device="cpu", dtype="float32")
+    layers = streamed.decoder.layers
+    before, total = streamed.read, sum(p.stat().st_size for p in sharded.glob("*.safetensors"))
+    seen = []
+    for layer in streamed.layers([0, 1, 3, 5], hold=[5]):
+        seen.append(layer)
+        assert not absent(layers[layer]) and not absent(layers[5]) and absent(layers[2])
+        assert layer in (0, 5) or absent(layers[0])
+    assert seen == [0, 1, 3, 5]
+    assert all(map(absent, layers))
+    assert streamed.read - before == sum(streamed.stored_bytes(i) for i in (0, 1, 3, 5))
+    for _ in streamed.layers(range(6)):
+        pass
+    each = sum(streamed.stored_bytes(i) for i in range(6))
+    assert before + each <= total < 1.1 * (before + each)  # the rest of the files are their headers
+
+
+def test_a_pass_that_is_left_takes_its_layers_along(sharded: Path) -> None:
+    streamed = StreamedModel(sharded, device="cpu", dtype="float32")
+    with contextlib.closing(streamed.layers(range(6), hold=[5])) as coming:
+        next(coming)
+        with pytest.raises(RuntimeError, match="being streamed already"):
+            next(streamed.layers([0]))
+    assert all(map(absent, streamed.decoder.layers))
+    assert not [t for t in threading.enumerate() if t.name.startswith("weights")]
+    assert next(streamed.layers([2])) == 2
+
+
+def test_files_are_read_and_not_mapped(sharded: Path) -> None:
+    streamed = StreamedModel(sharded, device="cpu", dtype="float32")
+    for _ in streamed.layers(range(6)):
+        assert ".safetensors" not in Path("/proc/self/maps").read_text()
+
+
+def test_what_cannot_be_streamed_is_refused(own_llama: Path) -> None:
+    weights = load_file(own_llama / "model.safetensors")
+    config = json.loads((own_llama / "config.json").read_text())
+    (own_llama / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(Refused, match="stored quantised"):
+        StreamedModel(own_llama, device="cpu")
+    (own_llama / "config.json").write_text(json.dumps(config))
+    gone = next(n for n in weights if ".layers.3." in n)
+    save_file({n: t for n, t in weights.items() if n != gone}, own_llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Refused, match="contradict its config"):
+        StreamedModel(own_llama, device="cpu")
+
+
+def test_a_file_that_shrinks_meanwhile_is_told(own_llama: Path) -> None:
+    streamed = StreamedModel(own_llama, device="cpu")
+    file = own_llama / "model.safetensors"
+    with open(file, "r+b") as opened:
+        opened.truncate(file.stat().st_size // 8)
+    with pytest.raises(Refused, match="became shorter"):
+        list(streamed.layers(range(len(streamed))))
+    assert all(map(absent, streamed.decoder.layers))
+
+
+Key = tuple[int, ...]
+
+
+def outputs(layers: int, tree: CutTree) -> dict[int, Key]:
+    """The layers run up to each node, by the node's identity."""
+    found: dict[int, Key] = {}
+    waiting: list[tuple[Node, Key]] = [(root, ()) for root in tree.roots]
+    while waiting:
+        node, before = waiting.pop()
+        found[id(node)] = (*before, node.layer)
+        waiting += [(child, found[id(node)]) for child in node.children]
+    return found
+
+
+def exact_plan(streamed: StreamedModel, tree: CutTree, shapes: list[tuple[int, int]], passes: int) -> PassPlan:
+    """The plan of a budget that holds about `passes` parts of the batches."""
+    roomy = plan_passes(streamed, tree, shapes, memory=None, ram=8 << 30, working=0)
+    return plan_passes(streamed, tree, shapes, memory=None, ram=roomy.fixed + roomy.states // passes + 4096, working=0)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_the_states_are_those_of_the_tree_whatever_the_passes(sharded: Path, passes: int) -> None:
+    streamed = StreamedModel(sharded, device="cpu", dtype="float32")
+    live = view_decoder(load_model(sharded, device="cpu", dtype="float32"))
+    tree = CutTree(cuts(6), 6)
+    batches = [(torch.tensor([ids]), None) for ids in sequences(100, (9, 9, 9, 9, 9, 9))]
+    plan = exact_plan(streamed, tree, [(1, 9)] * 6, passes)
+    assert len(plan.groups) == passes and plan.hold == (5,)
+    before = streamed.read
+    paths = outputs(6, tree)
+    found: dict[tuple[int, Key], torch.Tensor] = {}
+
+    def see(number: int, batch: Batch, node: Node | None, state: State) -> None:
+        found[number, () if node is None else paths[id(node)]] = state.hidden
+
+    layer_major(streamed, tree, batches, plan, see)
+    assert streamed.read - before == plan.read == passes * sum(streamed.stored_bytes(i) for i in range(6))
+    layerwise = Layerwise(live)
+    for number, (ids_BT, _) in enumerate(batches):
+        batch = layerwise.begin(ids_BT)
+        for path in {*paths.values(), ()}:
+            state = batch.start()
+            for layer in path:
+                state = batch.step(layer, state)
+            assert torch.equal(found[number, path], state.hidden)
+
+
+@pytest.mark.parametrize("kept", [cuts(8), cuts(8)[:1], [cuts(8)[0], *cuts(8)[-2:]], cuts(8)[1:7], cuts(8)[-2:]])
+def test_the_states_that_wait_are_counted_right(
+    kept: list[tuple[int, ...]], build_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layerprune.model import layermajor
+
+    streamed = StreamedModel(build_llama(tmp_path / "eight", layers=8), device="cpu", dtype="float32")
+    tree = CutTree(kept, 8)
+    plan = plan_passes(streamed, tree, [(1, 5)], memory=None, ram=8 << 30, working=0)
+    walks: list[Any] = []
+    made = layermajor._Walk.__init__
+    monkeypatch.setattr(layermajor._Walk, "__init__", lambda self, *a: (made(self, *a), walks.append(self), None)[-1])
+    waiting: list[int] = []
+
+    def see(number: int, batch: Batch, node: Node | None, state: State) -> None:
+        waiting.append(len(walks[-1].waiting) if walks else 0)
+
+    layer_major(streamed, tree, [(torch.tensor([[1, 2, 3, 4, 5]]), None)], plan, see)
+    # beside those that wait: the state at work and its result
+    assert max(waiting) + 2 <= plan.most == stored_states(tree, plan.hold)
+    assert plan.most <= max(waiting) + 3
+
+
+def test_the_last_layer_is_held_only_where_branches_part_before_it() -> None:
+    tree = CutTree(cuts(8)[:7], 8)
+    assert stored_states(tree, (7,)) < stored_states(tree)
+    assert len(nodes_of(tree)) == tree.applications
+
+
+def test_too_little_memory_is_refused_with_what_would_do(sharded: Path) -> None:
+    streamed = StreamedModel(sharded, device="cpu", dtype="float32")
+    with pytest.raises(Refused, match=r"^--ram 0\.50GiB is too little .*: use at least 0\.\d\dGiB") as told:
+        rank_streamed(streamed, sequences(100), Budget(None, 1 << 29))
+    enough = float(str(told.value).split("at least ")[1].split("GiB")[0])
+    rank_streamed(streamed, sequences(100), Budget(None, int(enough * 2**30)))
+
+
+def test_a_model_that_does_more_between_its_layers_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = view_decoder(load_model(tiny_llama, device="cpu", dtype="float32"))
+    tree = CutTree(cuts(len(decoder)), len(decoder))
+    prove_stack(Layerwise(decoder), tree)
+    inner = decoder.model.model
+    forward = inner.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        """As if the embedding were added again after all layers."""
+        output = forward(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state + 0.1 * inner.embed_tokens(kwargs["input_ids"])
+        return output
+
+    monkeypatch.setattr(inner, "forward", scaled)
+    with pytest.raises(Refused, match="does more between its layers"):
+        prove_stack(Layerwise(decoder), tree)
+
+
+def test_a_killed_sweep_goes_on_with_the_next_pass(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed = StreamedModel(sharded, device="cpu", dtype="float32")
+    kept, asked = cuts(6), sequences(100, (20,) * 6)
+    tree = CutTree(kept, 6)
+    monkeypatch.setattr("layerprune.eval.streamed.token_budget", lambda kind: 20)  # a document a batch
+    monkeypatch.setattr("layerprune.eval.streamed.logit_budget", lambda kind: 1 << 20)
+    told: list[str] = []
+    whole = sweep_streamed(streamed, None, kept, PLENTY, sequences=asked, say=told.append)
+    assert len(told) == 1 and "1 pass over" in told[0]
+    working = working_bytes(streamed.decoder, 20) + (1 << 20)
+    need = plan_passes(streamed, tree, [(1, 20)] * 6, memory=None, ram=8 << 30, working=working)
+    small = Budget(None, need.fixed + need.states // 3 + 4096)
+
+    class Killed(Exception):
+        pass
+
+    added = Answers.save
+    saves: list[int] = []
+
+    def save(self: Answers) -> None:
+        added(self)
+        saves.append(1)
+        if len(saves) == 1:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "save", save)
+        with contextlib.suppress(Killed):
+            sweep_streamed(streamed, None, kept, small, sequences=asked, answers=Answers(tmp_path / "answers"))
+    before = streamed.read
+    told.clear()
+    again = sweep_streamed(streamed, None, kept, small, sequences=asked, answers=Answers(tmp_path / "answers"), say=told.append)
+    assert again == whole
+    assert "2 passes over" in told[0], told  # of three
+    assert streamed.read - before == 2 * sum(streamed.stored_bytes(i) for i in range(6))
+    before = streamed.read
+    assert sweep_streamed(streamed, None, kept, small, sequences=asked, answers=Answers(tmp_path / "answers")) == whole
+    assert streamed.read == before
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    yield lambda free: monkeypatch.setattr("layerprune.model.budget.available_memory", lambda: free)
+
+
+def test_what_fits_is_loaded(tiny_llama: Path, limits: Callable[[int], None]) -> None:
+    def choice(**given: Any) -> Budget | None:
+        return streaming_budget(tiny_llama, device="cpu", dtype="auto", **given)
+
+    assert choice() is None
+    assert choice(ram="8GiB") is None
+    assert choice(ram="1GiB") == Budget(None, 1 << 30)
+    limits(1 << 20)  # a machine that is full: a tiny model is loaded all the same
+    assert choice() is None
+    with pytest.raises(UsageError, match="--memory is the GPU's"):
+        choice(memory="8GiB")
+    with pytest.raises(UsageError, match="--ram much is no amount"):
+        choice(ram="much")
+
+
+def test_the_public_functions_stream_within_a_budget(run_inputs: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    given = {"data": str(run_inputs / "loss.jsonl"), "samples": 6, "length": 24}
+    expected = rank_blocks(run_inputs / "model", **given)
+    found = rank_blocks(run_inputs / "model", **given, ram="1.5GiB", say=told.append)
+    assert found["distance"] == expected["distance"] and "1 pass over the checkpoint" in told[0]
+    assert found["settings"]["streamed"]["passes"] == 1
+    assert "streamed" not in expected["settings"]
+    assert found["settings"]["streamed"]["bytes_read"] < sum(p.stat().st_size for p in (run_inputs / "model").glob("*.safetensors"))
+
+
+def test_tasks_are_answered_alike(run_inputs: Path) -> None:
+    from layerprune.eval.tasks import load_tasks
+
+    folder = run_inputs / "model"
+    tokenizer, live = load_tokenizer(folder), load_model(folder, device="cpu", dtype="float32")
+    kept = cuts(len(view_decoder(live)))
+    tasks = load_tasks({"tiny": 0}, run_inputs / "tasks", 0)
+    streamed = StreamedModel(folder, device="cpu", dtype="float32")
+    expected = sweep_live(live, tokenizer, kept, tasks=tasks, limit=12)
+    assert sweep_streamed(streamed, tokenizer, kept, PLENTY, tasks=tasks, limit=12) == expected
+
+
+def test_the_branches_of_a_skeleton_are_not_tried(sharded: Path) -> None:
+    streamed = StreamedModel(sharded, device="cpu", dtype="float32")
+    assert Branches(streamed.decoder, cuts(6), 1 << 20, absent=True).broken == {}
+    with pytest.raises((NotImplementedError, RuntimeError, Refused)):  # torch: no data on the meta device
+        Branches(streamed.decoder, cuts(6), 1 << 20)
+    assert isinstance(streamed.decoder, Decoder) and stream.StreamedModel is StreamedModel
