@@ -142,6 +142,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    from layerprune.model.load import pick_device
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
@@ -172,8 +174,10 @@ def main() -> None:
         if args.resident:
             others.append(found[f"resident-{what}"]["seconds"])
         found[what]["share"] = found[what]["seconds"] / max(others)
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "work", "measure") and v is not None}
-    write_record(args.out, {"settings": settings, "found": found})
+    layers, hidden, width, heads = SHAPES[args.shape]
+    shape = {"name": args.shape, "layers": layers, "hidden": hidden, "mlp": width, "heads": heads, "vocabulary": VOCABULARY}
+    shape |= {"documents": args.samples, "length": args.length}
+    write_record(None if args.out is None else str(args.out), pick_device(args.device), shape, found)
 
 
 if __name__ == "__main__":
