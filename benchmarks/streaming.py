@@ -132,7 +132,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             timed(lambda: sweep_streamed(streamed, None, kept, budget, sequences=asked, say=told.append))
         passes = max(1, sum(int(line.split(" pass")[0].split()[-1]) for line in told))
         stored = sum(streamed.stored_bytes(i) for i in range(layers))
-        found |= {"plan": told, "passes": passes, "read": streamed.read - before, "read_of_layers": (streamed.read - before) / stored}
+        found |= {"plan": told, "passes": passes, "read": streamed.read - before}
+        found["read_of_layers"] = found["read"] / stored
         found["read_of_checkpoint"] = streamed.read / (passes * (before + stored))
     if torch.cuda.is_available():
         found["gpu_peak"] = torch.cuda.max_memory_allocated()

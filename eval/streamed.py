@@ -18,8 +18,9 @@ from layerprune.model.budget import Budget
 from layerprune.model.cuts import Kept, describe_dropped
 from layerprune.model.data import batches
 from layerprune.model.errors import Refused
-from layerprune.model.layermajor import layer_major, plan_passes, used_layers, working_bytes
+from layerprune.model.layermajor import layer_major, sizes_of, working_bytes
 from layerprune.model.layerwise import Batch, State
+from layerprune.model.passplan import plan_passes, used_layers
 from layerprune.model.progress import progress_bar
 from layerprune.model.stream import StreamedModel
 from layerprune.model.tree import Node
@@ -105,7 +106,7 @@ class Stream:
         shapes = [(ids_BT.shape[0], ids_BT.shape[1]) for ids_BT, _ in batches]
         working = working_bytes(streamed.decoder, max(rows * tokens for rows, tokens in shapes))
         working += logit_budget(streamed.device.type)
-        plan = plan_passes(streamed, tree, shapes, memory=self.budget.memory, ram=self.budget.ram, working=working)
+        plan = plan_passes(sizes_of(streamed), tree, shapes, memory=self.budget.memory, ram=self.budget.ram, working=working)
         self.say(f"{what}: {plan.line()}")
         questions_of: dict[int, Asked] = {}
         found: dict[int, list[Answer | None]] = {}

@@ -8,161 +8,41 @@ batches are taken in groups that the memory holds, and each group is one pass ov
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from layerprune.model.decoder import Decoder, forward_logits, replaced_forwards, virtual_cut
 from layerprune.model.errors import Refused, model_errors, one_line
 from layerprune.model.layerwise import Batch, Layerwise, State
+from layerprune.model.passplan import PassPlan, Sizes, later, nodes_of, used_layers
 from layerprune.model.stream import StreamedModel
 from layerprune.model.tree import CutTree, Node
 
-Shape = tuple[int, int]
-"""Rows and tokens of a batch."""
 
-PROCESS_BYTES = 700 << 20
-"""What Python, torch and transformers take of the host's memory themselves."""
-
-
-@dataclass(frozen=True)
-class PassPlan:
-    """How a streamed computation is done, in bytes.
-
-    hold: layers that stay in memory during a pass. groups: the batches (by number) of each pass over the checkpoint. place:
-    where states lie between layers, `cpu` or the device. read: from the files, over all passes. fixed: what is in memory
-    whatever the batches are; states: what the states of the largest group take. most: states of one token at once.
-    """
-
-    hold: tuple[int, ...]
-    groups: tuple[tuple[int, ...], ...]
-    place: str
-    read: int
-    fixed: int
-    states: int
-    most: int
-
-    def line(self) -> str:
-        """The plan in one line, for people."""
-        passes = "1 pass" if len(self.groups) == 1 else f"{len(self.groups)} passes"
-        held = "" if not self.hold else f", layer {', '.join(map(str, self.hold))} held"
-        return (
-            f"layer by layer: {passes} over the checkpoint, {self.read / 1e9:.2f} GB read{held}; "
-            f"{self.states / 1e9:.2f} GB of states at once in {'host' if self.place == 'cpu' else 'GPU'} memory, beside "
-            f"{self.fixed / 1e9:.2f} GB of weights and working memory"
-        )
+def width_of(decoder: Decoder) -> int:
+    config = decoder.model.config.get_text_config()
+    return int(getattr(config, "hidden_size", 0) or decoder.model.get_input_embeddings().weight.shape[-1])
 
 
-def plan_passes(
-    streamed: StreamedModel, tree: CutTree, shapes: Sequence[Shape], *, memory: int | None, ram: int, working: int
-) -> PassPlan:
-    """Group batches so that a pass fits in memory.
-
-    memory: bytes of the GPU that may be used, None on a CPU. ram: of the host's memory. working: bytes that computing one
-    batch takes beside its states (activations, logits). Raises Refused when the largest batch does not fit.
-    """
-    layers = used_layers(tree)
-    last = max(layers)
-    ends = sum(node.layer == last for node in nodes_of(tree))
-    hold = (last,) if ends > 1 and last > 0 else ()
-    most = stored_states(tree, hold)
-    sizes = [streamed.layer_bytes(i) for i in layers]
-    weights = streamed.rest_bytes + sum(streamed.layer_bytes(i) for i in hold) + 2 * max(sizes)
-    arriving = max(streamed.stored_bytes(i) for i in layers)
-    on_gpu = streamed.device.type == "cuda"
-    width = _width(streamed.decoder)
-    size = streamed.decoder.model.dtype.itemsize
-
-    def of(shape: Shape) -> int:
-        rows, tokens = shape
-        return rows * tokens * size * (most * width + tokens)  # and a mask, where rows are padded
-
-    needs = [of(shape) for shape in shapes]
-    whole = sum(needs)
-    if on_gpu:
-        assert memory is not None
-        fixed = weights + arriving + working
-        host = PROCESS_BYTES + 2 * arriving
-        spare_here, spare_there = memory - fixed, ram - host
-        place = "cuda" if whole <= spare_here or spare_here >= spare_there else "cpu"
-        spare = spare_here if place == "cuda" else spare_there
-        option, given = ("--memory", memory) if spare_here < 0 or place == "cuda" else ("--ram", ram)
-        if spare_here < 0:
-            spare = spare_here
-    else:
-        fixed = weights + arriving + working + PROCESS_BYTES
-        place, spare, option, given = "cpu", ram - fixed, "--ram", ram
-    if not needs or max(needs) > spare:
-        least = given - spare + max(needs, default=0)
-        raise Refused(
-            f"{option} {given / 2**30:.2f}GiB is too little for this model layer by layer: use at least "
-            f"{math.ceil(least / 2**30 * 100) / 100:.2f}GiB, fewer depths or a smaller --length"
-        )
-    groups: list[list[int]] = [[]]
-    used = 0
-    for number, need in enumerate(needs):
-        if groups[-1] and used + need > spare:
-            groups.append([])
-            used = 0
-        groups[-1].append(number)
-        used += need
-    each = sum(streamed.stored_bytes(i) for i in layers)
-    largest = max(sum(needs[i] for i in group) for group in groups)
-    return PassPlan(hold, tuple(map(tuple, groups)), place, each * len(groups), fixed, largest, most)
+def sizes_of(streamed: StreamedModel) -> Sizes:
+    """What `plan_passes` needs to know."""
+    layers = range(len(streamed))
+    return Sizes(
+        rest=streamed.rest_bytes,
+        layers=tuple(map(streamed.layer_bytes, layers)),
+        stored=tuple(map(streamed.stored_bytes, layers)),
+        width=width_of(streamed.decoder),
+        itemsize=streamed.decoder.model.dtype.itemsize,
+    )
 
 
 def working_bytes(decoder: Decoder, tokens: int) -> int:
     """What one layer takes for a batch beside its input and output: a rough upper bound from the widest weight."""
     widest = max(max(p.shape) for p in decoder.layers[0].parameters() if p.dim() > 1)
-    hidden = _width(decoder)
+    hidden = width_of(decoder)
     vectors = 4 * hidden + 3 * min(widest, 8 * hidden)
     return tokens * vectors * decoder.model.dtype.itemsize
-
-
-def used_layers(tree: CutTree) -> list[int]:
-    """The layers that a pass brings in, in order: those of the tree, and the first, which shows what layers return."""
-    return sorted({node.layer for node in nodes_of(tree)} | {0})
-
-
-def nodes_of(tree: CutTree) -> list[Node]:
-    """All nodes, parents before their children."""
-    found, waiting = [], list(tree.roots)
-    while waiting:
-        node = waiting.pop()
-        found.append(node)
-        waiting += node.children
-    return found
-
-
-def stored_states(tree: CutTree, hold: Sequence[int] = ()) -> int:
-    """The most states of one batch that exist at once when the tree is walked layer by layer: those waiting for a
-    later layer, the one at work and its result."""
-    waiting: dict[int, int] = {}
-    parents: dict[int, Node] = {id(child): node for node in nodes_of(tree) for child in node.children}
-    later = {id(node): _later(node.children, hold) for node in nodes_of(tree)}
-    start = _later(tree.roots, hold)
-    waiting[0] = start
-    most = 1
-    for layer in sorted({node.layer for node in nodes_of(tree)}):
-        for node in nodes_of(tree):
-            if node.layer != layer or layer in hold:
-                continue
-            most = max(most, sum(left > 0 for left in waiting.values()) + 1)
-            parent = parents.get(id(node))
-            waiting[0 if parent is None else id(parent)] -= 1
-            waiting[id(node)] = later[id(node)]
-    return most + 1
-
-
-def _later(children: Sequence[Node], hold: Sequence[int]) -> int:
-    return sum(child.layer not in hold for child in children)
-
-
-def _width(decoder: Decoder) -> int:
-    config = decoder.model.config.get_text_config()
-    return int(getattr(config, "hidden_size", 0) or decoder.model.get_input_embeddings().weight.shape[-1])
 
 
 Seen = Callable[[int, Batch, Node | None, State], None]
@@ -270,9 +150,9 @@ class _Walk:
         for child in children:
             if child.layer in self.hold and id(child) not in self.gone:
                 self._run(number, child, state)
-        later = _later(children, self.hold)
-        if later:
-            self.waiting[key, number] = (State(state.hidden.to(self.place), state.shared), later)
+        wanted = later(children, self.hold)
+        if wanted:
+            self.waiting[key, number] = (State(state.hidden.to(self.place), state.shared), wanted)
 
 
 def nodes_below(node: Node) -> list[Node]:

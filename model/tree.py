@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from layerprune.model.cuts import Kept, check_kept
-from layerprune.model.decoder import Decoder, forward_logits, virtual_cut
 from layerprune.model.errors import model_errors, one_line
-from layerprune.model.layerwise import Batch, Layerwise, State
+
+if TYPE_CHECKING:  # a tree is planned without torch
+    import torch
+
+    from layerprune.model.decoder import Decoder
+    from layerprune.model.layerwise import Batch, State
 
 
 @dataclass
@@ -81,13 +84,17 @@ def _arrange(children: list[Node], need: dict[int, int]) -> int:
     return max([last, *(n + 1 for n in before)])
 
 
-@torch.no_grad()
 def exact_branches(decoder: Decoder, branches: Sequence[Kept], vocab: int) -> tuple[bool, dict[Kept, str]]:
     """Whether the tree gives what the model itself gives with each branch cut virtually, on a few tokens.
 
     Returns also the branches that this model cannot run at all, with the reason. Equality is to the bit on the CPU, and
     to the rounding of the dtype on a GPU, whose kernels may add in another order.
     """
+    import torch
+
+    from layerprune.model.decoder import forward_logits, virtual_cut
+    from layerprune.model.layerwise import Layerwise
+
     ids_BT = torch.arange(1, 17).view(2, 8) % vocab
     row_N, position_N = torch.arange(2).repeat_interleave(8), torch.arange(8).repeat(2)
     expected, broken = {}, {}
@@ -118,6 +125,8 @@ def exact_branches(decoder: Decoder, branches: Sequence[Kept], vocab: int) -> tu
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     """To the bit on a CPU; else to a share of the logits' spread that rounding explains. NaN equals NaN."""
+    import torch
+
     if a.device.type == "cpu":
         return torch.equal(a, b) or bool((a.isnan() == b.isnan()).all() and torch.equal(a.nan_to_num(), b.nan_to_num()))
     share = 1e-4 if a.dtype == torch.float32 else 2e-2

@@ -10,8 +10,9 @@ import torch
 from layerprune.model.budget import Budget
 from layerprune.model.data import batches
 from layerprune.model.decoder import states_BTD
-from layerprune.model.layermajor import PassPlan, layer_major, plan_passes, working_bytes
+from layerprune.model.layermajor import layer_major, sizes_of, working_bytes
 from layerprune.model.layerwise import Batch, State
+from layerprune.model.passplan import PassPlan, plan_passes
 from layerprune.model.stream import StreamedModel
 from layerprune.model.tree import CutTree, Node
 from layerprune.prune.rank import DistanceSum, at_positions, last_positions, must_be_numbers
@@ -40,7 +41,7 @@ def rank_streamed(
     tree = CutTree([tuple(range(layers))], layers)
     shapes = [(batch.ids_BT.shape[0], batch.ids_BT.shape[1]) for batch in made]
     working = working_bytes(decoder, max((rows * tokens for rows, tokens in shapes), default=0))
-    plan = plan_passes(streamed, tree, shapes, memory=budget.memory, ram=budget.ram, working=working)
+    plan = plan_passes(sizes_of(streamed), tree, shapes, memory=budget.memory, ram=budget.ram, working=working)
     say(plan.line())
     total = DistanceSum(layers)
     picked: dict[int, list[Any]] = {}

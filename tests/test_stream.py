@@ -22,9 +22,10 @@ from layerprune.model.branches import Branches
 from layerprune.model.budget import Budget, streaming_budget
 from layerprune.model.decoder import Decoder, view_decoder
 from layerprune.model.errors import Refused, UsageError
-from layerprune.model.layermajor import PassPlan, layer_major, nodes_of, plan_passes, prove_stack, stored_states, working_bytes
+from layerprune.model.layermajor import layer_major, prove_stack, sizes_of, working_bytes
 from layerprune.model.layerwise import Batch, Layerwise, State
 from layerprune.model.load import load_model, load_tokenizer
+from layerprune.model.passplan import PassPlan, nodes_of, plan_passes, stored_states
 from layerprune.model.stream import StreamedModel
 from layerprune.model.tree import CutTree, Node
 from layerprune.prune.rank import rank_blocks, rank_decoder
@@ -180,8 +181,8 @@ def outputs(layers: int, tree: CutTree) -> dict[int, Key]:
 
 def exact_plan(streamed: StreamedModel, tree: CutTree, shapes: list[tuple[int, int]], passes: int) -> PassPlan:
     """The plan of a budget that holds about `passes` parts of the batches."""
-    roomy = plan_passes(streamed, tree, shapes, memory=None, ram=8 << 30, working=0)
-    return plan_passes(streamed, tree, shapes, memory=None, ram=roomy.fixed + roomy.states // passes + 4096, working=0)
+    roomy = plan_passes(sizes_of(streamed), tree, shapes, memory=None, ram=8 << 30, working=0)
+    return plan_passes(sizes_of(streamed), tree, shapes, memory=None, ram=roomy.fixed + roomy.states // passes + 4096, working=0)
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
@@ -219,7 +220,7 @@ def test_the_states_that_wait_are_counted_right(
 
     streamed = StreamedModel(build_llama(tmp_path / "eight", layers=8), device="cpu", dtype="float32")
     tree = CutTree(kept, 8)
-    plan = plan_passes(streamed, tree, [(1, 5)], memory=None, ram=8 << 30, working=0)
+    plan = plan_passes(sizes_of(streamed), tree, [(1, 5)], memory=None, ram=8 << 30, working=0)
     walks: list[Any] = []
     made = layermajor._Walk.__init__
     monkeypatch.setattr(layermajor._Walk, "__init__", lambda self, *a: (made(self, *a), walks.append(self), None)[-1])
@@ -276,7 +277,7 @@ def test_a_killed_sweep_goes_on_with_the_next_pass(sharded: Path, tmp_path: Path
     whole = sweep_streamed(streamed, None, kept, PLENTY, sequences=asked, say=told.append)
     assert len(told) == 1 and "1 pass over" in told[0]
     working = working_bytes(streamed.decoder, 20) + (1 << 20)
-    need = plan_passes(streamed, tree, [(1, 20)] * 6, memory=None, ram=8 << 30, working=working)
+    need = plan_passes(sizes_of(streamed), tree, [(1, 20)] * 6, memory=None, ram=8 << 30, working=working)
     small = Budget(None, need.fixed + need.states // 3 + 4096)
 
     class Killed(Exception):
