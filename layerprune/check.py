@@ -6,21 +6,37 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from layerprune.model.errors import UsageError
+from layerprune.model.cuts import Kept
+from layerprune.model.errors import Refused, UsageError
 from layerprune.model.estimate import DEVICES, estimate, shape_of_checkpoint
-from layerprune.model.recipes import Recipe, load_recipe, read_recipe, recipe_names
+from layerprune.model.memory import byte_count
+from layerprune.model.recipes import EvalSettings, RankSettings, Recipe, load_recipe, read_recipe, recipe_names
+
+DISK_RATE = 3e9
+"""Bytes a second that a checkpoint is read with in the estimates: an ordinary NVMe disk."""
 
 
-def check_recipe_file(name_or_path: str | Path, drop: float = 0.4, device: str = "h100") -> dict[str, Any]:
+def check_recipe_file(
+    name_or_path: str | Path,
+    drop: float = 0.4,
+    device: str = "h100",
+    memory: str | int | None = None,
+    ram: str | int | None = None,
+) -> dict[str, Any]:
     """Check a recipe (its name, a YAML file, or a local checkpoint folder) and estimate a run of it.
 
-    drop: the fraction of layers to drop. device: `h100` or `cpu`, whose rate gives the hours.
+    drop: the fraction of layers to drop. device: `h100` or `cpu`, whose rate gives the hours. memory, ram: of the GPU and of
+    the host, bytes or text such as `24GiB` (80 GB and 64 GB; on the CPU 16 GB of the host's): a model that does not fit is
+    ranked and measured layer by layer, and `streamed` holds the plans for that.
     Returns what `format_check` prints; sizes in bytes. Raises Refused with every fault of the recipe,
     UsageError for a name that is no recipe and for a fraction that drops no or all layers.
     """
     if device not in DEVICES:
         raise UsageError(f"{device!r} is no device of the estimates: use {' or '.join(DEVICES)}")
     recipe, stored_bytes = _find(str(name_or_path))
+    gpu, host = byte_count(memory, "--memory"), byte_count(ram, "--ram")
+    if device == "cpu" and gpu is not None:
+        raise UsageError("--memory is the GPU's: use --ram for the host's memory, or --device h100")
     found = estimate(recipe, drop, DEVICES[device], stored_bytes)
     return {
         "recipe": recipe.name,
@@ -31,8 +47,38 @@ def check_recipe_file(name_or_path: str | Path, drop: float = 0.4, device: str =
         "drop": drop,
         "device": DEVICES[device].name,
         "heal": {"length": recipe.heal.length or 2048, "batch_size": recipe.heal.batch_size},
+        "streamed": _streamed(recipe, device, stored_bytes, gpu, host),
         **asdict(found),
     }
+
+
+def _streamed(recipe: Recipe, device: str, stored: float, gpu: int | None, host: int | None) -> list[str]:
+    """How ranking and the whole last-n curve are computed where the weights do not fit; empty where they do."""
+    from layerprune.model.streamplan import last_branches, plan_streaming, rank_branches
+
+    kind, shape = DEVICES[device], recipe.shape
+    memory = None if device == "cpu" else gpu or 80_000_000_000
+    ram = host or (16_000_000_000 if device == "cpu" else 64_000_000_000)
+    if shape.parameters * kind.weight_bytes + (2 << 30) <= (ram if memory is None else memory):
+        return []
+    lines = []
+    wanted: list[tuple[str, list[Kept], RankSettings | EvalSettings, bool]] = [
+        ("rank", rank_branches(shape.layers), recipe.rank, False),
+        ("loss, last n", last_branches(shape.layers), recipe.eval, True),
+    ]
+    for name, kept, settings, heads in wanted:
+        try:
+            cost = plan_streaming(
+                shape, kept, kind, name=name, data=settings.data, samples=settings.samples, length=settings.length,
+                memory=memory, ram=ram, disk_rate=DISK_RATE, heads=heads, stored_bytes=stored,
+            )  # fmt: skip
+            lines.append(
+                f"{name}, {cost.plan.line()}; {_round(cost.read_hours)} hours of reading at {DISK_RATE / 1e9:g} GB/s beside "
+                f"{_round(cost.compute_hours)} of computing"
+            )
+        except Refused as refusal:
+            lines.append(f"{name}: {refusal}")
+    return lines
 
 
 def _find(name: str) -> tuple[Recipe, float]:
@@ -75,6 +121,8 @@ def format_check(checked: dict[str, Any]) -> str:
             f"{step['name']:<12}{step['documents']:>11,}{_count(step['tokens']):>11}{step['steps']:>9,}"
             f"{_round(step['flops'] / 1e15):>11}{_round(step['hours']):>9}{size(step['memory']):>11}"
         )
+    if checked["streamed"]:
+        lines += ["", "The weights do not fit in the memory given, so they come from the files:", *checked["streamed"]]
     parts = ", ".join(f"{name} {size(amount)}" for name, amount in disk.items() if amount)
     lines += ["", f"disk {size(sum(disk.values()))}: {parts}", ""]
     lines += [

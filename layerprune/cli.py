@@ -370,10 +370,12 @@ def recipes(name: str | None, as_json: bool) -> None:
 @click.argument("recipe")
 @click.option("--drop", type=float, default=0.4, show_default=True, metavar="F", help="Fraction of layers to drop.")
 @click.option("--device", type=click.Choice(["h100", "cpu"]), default="h100", show_default=True, help="Whose rate gives the hours.")
+@click.option("--memory", metavar="SIZE", help="The GPU's memory, such as 24GiB  [80GB].")
+@click.option("--ram", metavar="SIZE", help="The host's memory  [64GB; 16GB for --device cpu].")
 @_options(_json)
-def check(recipe: str, drop: float, device: str, as_json: bool) -> None:
+def check(recipe: str, drop: float, device: str, memory: str | None, ram: str | None, as_json: bool) -> None:
     """Check a recipe (name, YAML file or checkpoint folder): all faults at once, then memory, disk and steps."""
     from layerprune.check import check_recipe_file, format_check
 
-    result = check_recipe_file(recipe, drop, device)
+    result = check_recipe_file(recipe, drop, device, memory, ram)
     _print(result, as_json, lambda: format_check(result))

@@ -46,7 +46,7 @@ FLAGS = {
     "eval": COMMON | DATA | TASKS | MEMORY | {"--eval-data", "--no-loss"},
     "depth": COMMON | DATA | {"--probe", "--reference", "--eval-data", "--tasks", "--limit", "--task-folder"},
     "recipes": {"--json", "-h", "--help"},
-    "check": {"--drop", "--device", "--json", "-h", "--help"},
+    "check": {"--drop", "--device", "--memory", "--ram", "--json", "-h", "--help"},
 }
 
 

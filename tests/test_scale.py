@@ -1,0 +1,82 @@
+"""docs/scale.md says what the planner and the record say; `check` tells when a model does not fit."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerprune.check import check_recipe_file, format_check
+from layerprune.model.errors import Refused, UsageError
+from layerprune.model.estimate import DEVICES
+from layerprune.model.recipes import Shape, load_recipe
+from layerprune.model.streamplan import last_branches, plan_streaming, rank_branches, sizes_of_shape
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def maker() -> Any:
+    spec = importlib.util.spec_from_file_location("make_scale", DOCS / "make_scale.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_those_of_the_planner_and_the_record() -> None:
+    made, page = maker(), (DOCS / "scale.md").read_text(encoding="utf-8")
+    assert made.page(page) == page, "run python docs/make_scale.py"
+    assert made.page(page.replace("137 GB", "1 GB")) == page, "a changed number is seen"
+
+
+def test_the_sizes_of_the_two_models_without_a_recipe() -> None:
+    """A layer's parameters and what lies outside add up to what the models are said to have."""
+    made = maker()
+    for shape in (made.LLAMA_405B, made.QWEN_235B):
+        outside = 2 * shape.vocab * shape.hidden + shape.hidden  # embedding, head, final norm
+        assert shape.layers * shape.layer_parameters + outside == shape.parameters
+
+
+SHAPE = Shape(layers=4, hidden=8, vocab=100, parameters=4 * 1000 + 1600, layer_parameters=1000, mlp=16)
+CARD = replace(DEVICES["h100"], forward_rate=1e6, batch_tokens=20)
+
+
+def plan(kept: Any, **given: Any) -> Any:
+    return plan_streaming(
+        SHAPE, kept, CARD, name="x", data="mine.jsonl", samples=6, length=10,
+        **{"memory": 1 << 40, "ram": 1 << 40, "disk_rate": 1e6, "heads": False, **given},
+    )  # fmt: skip
+
+
+def test_the_arithmetic_by_hand() -> None:
+    sizes = sizes_of_shape(SHAPE, 2, 2)
+    assert (sizes.rest, sizes.layers, sizes.width, sizes.itemsize) == (3200, (2000,) * 4, 8, 2)
+    cost = plan(rank_branches(4))
+    # three batches of 2 x 10 tokens, in one pass: 3 states of 8 numbers a token, and a mask of 10
+    assert len(cost.plan.groups) == 1 and cost.plan.states == 60 * 2 * (3 * 8 + 10)
+    assert cost.plan.read == 8000 and cost.read_hours == pytest.approx((8000 + 3200) / 1e6 / 3600)
+    assert cost.flops == 2 * 60 * 4 * 1000 and cost.compute_hours == pytest.approx(cost.flops / 1e6 / 3600)
+    fixed = 3200 + 2 * 2000 + 2000 + 20 * (4 * 8 + 3 * 16) * 2
+    assert cost.plan.fixed == fixed
+    swept = plan(last_branches(4), heads=True)
+    assert swept.plan.hold == (3,)
+    assert swept.flops == 2 * 60 * (1000 * 7 + 100 * 8 * 4)  # 2 L - 1 layer applications, 4 heads
+    small = plan(rank_branches(4), memory=fixed + 20 * 2 * (3 * 8 + 10), ram=0)
+    assert len(small.plan.groups) == 3 and small.plan.read == 24000
+    with pytest.raises(Refused, match="--memory"):
+        plan(rank_branches(4), memory=fixed, ram=0)
+
+
+def test_check_tells_the_plan_of_what_does_not_fit() -> None:
+    checked = check_recipe_file("llama-2-70b")
+    assert len(checked["streamed"]) == 2 and "passes over the checkpoint" in checked["streamed"][0]
+    assert checked["streamed"][0] in format_check(checked)
+    assert check_recipe_file("llama-2-7b")["streamed"] == []
+    assert "use at least" in check_recipe_file("llama-2-70b", memory="4GiB")["streamed"][0]
+    assert len(check_recipe_file("llama-2-7b", device="cpu", ram="8GiB")["streamed"]) == 2
+    with pytest.raises(UsageError, match="--memory is the GPU's"):
+        check_recipe_file("llama-2-7b", device="cpu", memory="8GiB")
+    assert load_recipe("llama-2-70b").shape.layers == 80
