@@ -197,9 +197,12 @@ def evaluate_checkpoint(
     config = load_config(source.folder, trust_remote_code)
     sequences = loss_sequences(tokenizer, config, data, samples, length, seed, progress) if loss else None
     if budget is not None:
+        # beside the result's folder, which is there only when the result is
+        folder_of = None if out is None else Path(out).absolute().parent
+        keep = None if folder_of is None else folder_of.parent / f".{folder_of.name}.pass.safetensors"
         streamed = StreamedModel(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         decoder, live = streamed.decoder, streamed.decoder.model
-        measured = _from_disk(streamed, tokenizer, budget, ready, sequences, limit, batch_size, seed, items, progress, say)
+        measured = _from_disk(streamed, tokenizer, budget, ready, sequences, limit, batch_size, seed, items, progress, say, keep)
     else:
         live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
         decoder = view_decoder(live)
@@ -242,7 +245,7 @@ def evaluate_checkpoint(
 
 def _from_disk(
     streamed: Any, tokenizer: Any, budget: Any, tasks: TaskSet | None, sequences: Any, limit: int | None,
-    batch_size: int | None, seed: int, items: bool, progress: bool, say: Callable[[str], None],
+    batch_size: int | None, seed: int, items: bool, progress: bool, say: Callable[[str], None], keep: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What `evaluate_live` gives, of a model whose layers come from its files."""
     from layerprune.eval.streamed import sweep_streamed
@@ -250,7 +253,7 @@ def _from_disk(
     whole = tuple(range(len(streamed)))
     found = sweep_streamed(
         streamed, tokenizer, [whole], budget, tasks=tasks, sequences=sequences, limit=limit, batch_size=batch_size, seed=seed,
-        progress=progress, say=say,
+        progress=progress, say=say, keep=keep,
     )[whole]  # fmt: skip
     assert found is not None  # a whole model that does not run is refused
     if found["tasks"] is not None and not items:

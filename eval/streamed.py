@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from layerprune.model.data import batches
 from layerprune.model.errors import Refused
 from layerprune.model.layermajor import layer_major, sizes_of, working_bytes
 from layerprune.model.layerwise import Batch, State
+from layerprune.model.passfile import PassFile
 from layerprune.model.passplan import plan_passes, used_layers
 from layerprune.model.progress import progress_bar
 from layerprune.model.stream import StreamedModel
@@ -42,19 +44,20 @@ def sweep_streamed(
     seed: int = 0,
     progress: bool = False,
     say: Say = lambda line: None,
+    keep: Path | None = None,
 ) -> dict[Kept, dict[str, Any] | None]:
     """`sweep_live` for a model whose layers come from its files: the same numbers (to the bit on the CPU, at equal batches).
 
     The loss takes one series of passes over the checkpoint, the log-likelihoods of all tasks another; `say` is told of each
     plan (passes, bytes, memory) before it starts. What a pass answered is kept in `answers`, so that a killed call goes on
-    with the next pass. Tasks that generate text are refused: for them the model must be loaded whole. None stands for a cut
-    that this model cannot run (which is said). Raises Refused where the budget is too small, and for a whole model that does
-    not run.
+    with the next pass; with `keep`, a file for the states of a pass under way, at the layer where it stopped. Tasks that
+    generate text are refused: for them the model must be loaded whole. None stands for a cut that this model cannot run
+    (which is said). Raises Refused where the budget is too small, and for a whole model that does not run.
     """
     wanted = tuple(dict.fromkeys(kept))
     store = Answers() if answers is None else answers
     branches = Branches(streamed.decoder, wanted, logit_budget(streamed.device.type), absent=True)
-    stream = Stream(streamed, branches, budget, progress, say)
+    stream = Stream(streamed, branches, budget, progress, say, keep)
     losses: dict[Kept, dict[str, Any]] = {}
     scores: dict[Kept, Mapping[str, Any]] = {}
     try:
@@ -84,6 +87,7 @@ class Stream:
     budget: Budget
     progress: bool
     say: Say
+    keep: Path | None = None
 
     def answer(
         self,
@@ -111,11 +115,14 @@ class Stream:
         questions_of: dict[int, Asked] = {}
         found: dict[int, list[Answer | None]] = {}
 
-        def see(number: int, batch: Batch, node: Node | None, state: State) -> None:
-            if node is None:
+        def open_batch(number: int) -> None:
+            if number not in questions_of:
                 questions_of[number] = asked(number)
                 found[number] = [None] * len(kept)
-            elif node.branches:
+
+        def see(number: int, batch: Batch, node: Node | None, state: State) -> None:
+            open_batch(number)
+            if node is not None and node.branches:
                 value_N, greedy_N = branches.read(batch, state, questions_of[number], dtype, greedy)
                 answer = (value_N.cpu(), None if greedy_N is None else greedy_N.cpu())
                 for end in node.branches:
@@ -129,13 +136,27 @@ class Stream:
 
         def over(group: Sequence[int]) -> None:
             for number in group:
+                open_batch(number)
                 take(number, *branches.gather(kept, found.pop(number), questions_of.pop(number), greedy))
             done()
 
+        def taken() -> dict[str, torch.Tensor]:
+            some = {(number, end): answer for number, own in found.items() for end, answer in enumerate(own) if answer is not None}
+            values = {f"value/{number}/{end}": answer[0] for (number, end), answer in some.items()}
+            return values | {f"flag/{number}/{end}": a[1] for (number, end), a in some.items() if a[1] is not None}
+
+        def put(before: dict[str, torch.Tensor]) -> None:
+            for name, value in before.items():
+                sort, number, end = name.split("/")
+                if sort == "value":
+                    open_batch(int(number))
+                    found[int(number)][int(end)] = (value, before.get(f"flag/{number}/{end}"))
+
+        file = None if self.keep is None else PassFile(self.keep, f"{what} {streamed.identity()}", taken, put)
         branches.applications += tree.applications * len(batches)
         steps = len(plan.groups) * len(used_layers(tree))
         with progress_bar(steps, f"{what}, {len(kept)} depths", "layer", self.progress) as bar:
-            layer_major(streamed, tree, batches, plan, see, broken=broken, done=over, progress=bar.update)
+            layer_major(streamed, tree, batches, plan, see, broken=broken, done=over, progress=bar.update, keep=file)
 
 
 def _losses(stream: Stream, sequences: Sequence[Sequence[int]], store: Answers) -> dict[Kept, dict[str, Any]]:

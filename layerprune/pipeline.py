@@ -114,7 +114,7 @@ class _Run:
     def rank(self) -> dict[str, Any]:
         if not (self.path / "rank.json").exists():
             self.say("ranking all blocks")
-        return dict(self.folder.once("rank.json", self.stages.rank))
+        return dict(self.folder.once("rank.json", lambda: self.stages.rank(self.folder.work / ".rank-pass.safetensors")))
 
     def block(self, n: int, ranking: Mapping[str, Any]) -> Block:
         return self.stages.block(n, self.plan.strategy, ranking)

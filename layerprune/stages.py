@@ -88,7 +88,8 @@ class Stages:
         gc.collect()  # a model that accelerate spread refers to itself
         torch.cuda.empty_cache()
 
-    def rank(self) -> dict[str, Any]:
+    def rank(self, keep: Path | None = None) -> dict[str, Any]:
+        """keep: a file for what a streamed pass that is killed goes on with."""
         from layerprune.model.decoder import view_decoder
         from layerprune.prune.rank import rank_from_disk, rank_live
 
@@ -97,8 +98,9 @@ class Stages:
         if budget is not None:
             streamed, tokenizer = self.streamed_source()
             return rank_from_disk(
-                streamed, tokenizer, setup.rank, setup.source, budget, seed=setup.seed, progress=self.progress, say=self.say
-            )
+                streamed, tokenizer, setup.rank, setup.source, budget, seed=setup.seed, progress=self.progress, say=self.say,
+                keep=keep,
+            )  # fmt: skip
         live, tokenizer = self.source()
         return dict(
             rank_live(view_decoder(live), tokenizer, setup.rank, setup.source, seed=setup.seed, progress=self.progress)
@@ -224,7 +226,7 @@ class Stages:
 
         budget = self.budget(self.setup.source.folder)
         if budget is not None:
-            return self._from_disk(*self.streamed_source(), kept, budget, answers)
+            return self._from_disk(*self.streamed_source(), kept, budget, answers, answers.parent / ".sweep-pass.safetensors")
         live, tokenizer = self.source()
         tasks, sequences = self.ready()
         return sweep_live(
@@ -242,7 +244,7 @@ class Stages:
         )
 
     def _from_disk(
-        self, streamed: Any, tokenizer: Any, kept: Iterable[Kept], budget: Any, answers: Path | None
+        self, streamed: Any, tokenizer: Any, kept: Iterable[Kept], budget: Any, answers: Path | None, keep: Path | None = None
     ) -> dict[Kept, dict[str, Any] | None]:
         from layerprune.eval.answers import Answers
         from layerprune.eval.streamed import sweep_streamed
@@ -261,6 +263,7 @@ class Stages:
             seed=self.setup.seed,
             progress=self.progress,
             say=self.say,
+            keep=keep,
         )
 
     def sizes(self, folder: Path) -> dict[str, Any]:

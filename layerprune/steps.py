@@ -16,7 +16,8 @@ def rank(model: str | Path, out: str | Path | None = None, **settings: Any) -> d
     from layerprune.prune.rank import rank_blocks
 
     label, folder = _label(model), default_folder(out, model, "rank")
-    ranking = rank_blocks(model, **settings)
+    keep = folder.absolute().parent / f".{folder.name}.pass.safetensors"  # the folder itself is there only when it is whole
+    ranking = rank_blocks(model, keep=keep, **settings)
     with new_folder(folder) as made:
         write_json(made / "rank.json", ranking)
         plot_distances(ranking, made / "figures", label)

@@ -8,13 +8,15 @@ batches are taken in groups that the memory holds, and each group is one pass ov
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from layerprune.model.decoder import Decoder, forward_logits, replaced_forwards, virtual_cut
 from layerprune.model.errors import Refused, model_errors, one_line
 from layerprune.model.layerwise import Batch, Layerwise, State
+from layerprune.model.passfile import PassFile
 from layerprune.model.passplan import PassPlan, Sizes, later, nodes_of, used_layers
 from layerprune.model.stream import StreamedModel
 from layerprune.model.tree import CutTree, Node
@@ -58,13 +60,15 @@ def layer_major(
     broken: Callable[[tuple[int, ...], str], None] | None = None,
     done: Callable[[Sequence[int]], None] = lambda group: None,
     progress: Callable[[int], None] = lambda layers: None,
+    keep: PassFile | None = None,
 ) -> None:
     """Run batches (ids, mask) through the tree, layer by layer, a pass for each group of the plan.
 
     see(number, batch, node, state) gets the output of every node of every batch, and first x^(0) with None for a node.
     broken: told which branches cannot be run, and why; without it Refused is raised then. done: told the
     batches of each group when its pass is over. progress: told of each layer. The states that `see` gets are equal to those
-    of `CutTree.walk`, to the bit, at equal shapes.
+    of `CutTree.walk`, to the bit, at equal shapes. keep: where a pass that is killed leaves its states; the next call for the
+    same goes on with the layer after them, and `see` is not told again of what it was told before.
     """
     layers = used_layers(tree)
     at: dict[int, list[tuple[Node, Node | None]]] = {layer: [] for layer in layers}
@@ -78,21 +82,57 @@ def layer_major(
     checked = False
     for group in plan.groups:
         walk = _Walk(streamed, plan.hold, place, see, broken, gone)
-        with contextlib.closing(streamed.layers(layers, plan.hold)) as stream:
+        identity = _identity(tree, plan, [batches[number] for number in group])
+        before = None if keep is None else keep.load(identity)
+        ahead = layers
+        if before is not None:
+            ahead = [layer for layer in layers if layer > before[0]]
+            progress(len(layers) - len(ahead))
+        with contextlib.closing(streamed.layers(ahead, plan.hold)) as stream:
             for layer in stream:
                 if walk.layerwise is None:
-                    walk.layerwise = Layerwise(streamed.decoder)  # it looks at what the first layer returns
+                    # it looks at what the first layer returns
+                    walk.layerwise = Layerwise(streamed.decoder) if before is None else Layerwise(streamed.decoder, before[1])
                     if not checked:
                         prove_stack(walk.layerwise, tree)
                         checked = True
                     for number in group:
-                        walk.begin(number, *batches[number], tree.roots)
+                        walk.begin(number, *batches[number], tree.roots, again=before is not None)
+                    if before is not None:
+                        walk.restore(tree, before[2])
                 if layer not in plan.hold:
                     for number in group:
                         for node, parent in at[layer]:
                             walk.wake(number, node, parent)
                 progress(1)
+                if keep is not None and layer != layers[-1] and keep.due():
+                    states = walk.states(tree)
+                    if states is not None:
+                        keep.save(identity, layer, walk.layerwise.length, states)
         done(group)
+        if keep is not None:
+            keep.remove()
+
+
+def _identity(tree: CutTree, plan: PassPlan, batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> str:
+    """What a group's pass computes."""
+    digest = hashlib.blake2b(repr((tree.branches, plan.hold)).encode(), digest_size=16)
+    for pair in batches:
+        for tensor in pair:
+            shape = None if tensor is None else tuple(tensor.shape)
+            digest.update(repr(shape).encode() + (b"" if tensor is None else tensor.long().cpu().numpy().tobytes()))
+    return digest.hexdigest()
+
+
+def _names(tree: CutTree) -> dict[int, str]:
+    """The layers run up to each node, by its identity; 0 stands for the beginning."""
+    found = {0: "start"}
+    waiting = [(root, "") for root in tree.roots]
+    while waiting:
+        node, before = waiting.pop()
+        found[id(node)] = f"{before}{node.layer}."
+        waiting += [(child, found[id(node)]) for child in node.children]
+    return found
 
 
 class _Walk:
@@ -107,13 +147,32 @@ class _Walk:
         self.batches: dict[int, Batch] = {}
         self.waiting: dict[tuple[int, int], tuple[State, int]] = {}
 
-    def begin(self, number: int, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, roots: Sequence[Node]) -> None:
+    def begin(
+        self, number: int, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, roots: Sequence[Node], again: bool
+    ) -> None:
+        """Record what the model hands its layers; with `again` the states come from a file."""
         assert self.layerwise is not None
         batch = self.batches[number] = self.layerwise.begin(ids_BT, mask_BT)
         state = batch.start()
         batch.forget_start()
+        if again:
+            return
         self.see(number, batch, None, state)
         self._part(number, 0, roots, state)
+
+    def states(self, tree: CutTree) -> dict[str, torch.Tensor] | None:
+        """The states that wait, by the layers behind them, their batch, and how many layers want them; None where they cannot
+        be told: layers of this model hand on more, or a branch broke."""
+        if self.gone or any(state.shared for state, _ in self.waiting.values()):
+            return None
+        names = _names(tree)
+        return {f"{names[key]}/{number}/{left}": state.hidden for (key, number), (state, left) in self.waiting.items()}
+
+    def restore(self, tree: CutTree, states: Mapping[str, torch.Tensor]) -> None:
+        keys = {name: key for key, name in _names(tree).items()}
+        for told, hidden in states.items():
+            name, number, left = told.split("/")
+            self.waiting[keys[name], int(number)] = (State(hidden.to(self.place), {}), int(left))
 
     def wake(self, number: int, node: Node, parent: Node | None) -> None:
         key = (0 if parent is None else id(parent), number)

@@ -41,9 +41,10 @@ class State:
 class Layerwise:
     """The layers of one decoder, to be called one by one. Without gradients and without a KV cache."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, length: int | None | str = "look") -> None:
+        """length: how many values the layers return (None: a bare tensor), where that is known; by default the first is run."""
         self.decoder = decoder
-        self._length = tuple_length(decoder)
+        self.length = tuple_length(decoder) if isinstance(length, str) else length
 
     def __len__(self) -> int:
         return len(self.decoder)
@@ -70,7 +71,7 @@ class Layerwise:
 
     def as_output(self, hidden: torch.Tensor) -> Any:
         """A hidden state in the form in which this model's layers return it."""
-        return hidden if self._length is None else (hidden, *[None] * (self._length - 1))
+        return hidden if self.length is None else (hidden, *[None] * (self.length - 1))
 
     @torch.no_grad()
     def finish(self, hidden: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 from layerprune.model.config import auto_class, layer_count, load_config
 from layerprune.model.decoder import view_decoder
 from layerprune.model.errors import Refused, model_errors, one_line
+from layerprune.model.fingerprint import checkpoint_fingerprint
 from layerprune.model.load import check_keys, pick_device, pick_dtype, quiet_transformers
 from layerprune.model.plan import find_stack, is_stray_buffer, split_name
 from layerprune.model.tensors import StoredTensor, read_checkpoint
@@ -68,6 +69,13 @@ class StreamedModel:
 
     def __len__(self) -> int:
         return len(self.decoder)
+
+    def identity(self) -> str:
+        """What of this model decides the numbers that it gives."""
+        import transformers
+
+        versions = (torch.__version__, transformers.__version__)
+        return repr((checkpoint_fingerprint(self.folder), str(self.decoder.model.dtype), self.device.type, versions))
 
     @property
     def rest_bytes(self) -> int:

@@ -169,11 +169,13 @@ def rank_blocks(
     out: str | Path | None = None,
     progress: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Rank all blocks of a model by angular distance, in one pass over the data.
 
     A model that does not fit in memory (or in `memory` of the GPU and `ram` of the host, where they are given: bytes or
-    text such as `8GiB`) is not loaded: its layers come from its files one at a time, and `say` is told the plan first.
+    text such as `8GiB`) is not loaded: its layers come from its files one at a time, and `say` is told the plan first;
+    with `keep`, the name of a file, a call that is killed meanwhile goes on at the layer where it stopped.
 
     model: recipe name, Hub id or folder. Options left at None come from the model's recipe, else: C4 validation,
     256 samples, 2048 tokens or the model's context. Returns (and writes to `out`) the content of rank.json:
@@ -201,7 +203,9 @@ def rank_blocks(
     budget = streaming_budget(source.folder, device=device, dtype=dtype, memory=memory, ram=ram)
     if budget is not None:
         streamed = StreamedModel(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        result = rank_from_disk(streamed, tokenizer, settings, source, budget, seed=seed, progress=progress, say=say)
+        result = rank_from_disk(
+            streamed, tokenizer, settings, source, budget, seed=seed, progress=progress, say=say, keep=keep
+        )
     else:
         live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
         result = rank_live(view_decoder(live), tokenizer, settings, source, seed=seed, progress=progress)
@@ -238,7 +242,7 @@ def rank_live(
 
 def rank_from_disk(
     streamed: Any, tokenizer: Any, settings: dict[str, Any], source: Any, budget: Any, *,
-    seed: int = 0, progress: bool = False, say: Callable[[str], None] = lambda line: None,
+    seed: int = 0, progress: bool = False, say: Callable[[str], None] = lambda line: None, keep: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`rank_live` for a model whose layers come from its files one at a time (`layerprune.model.stream`)."""
 
@@ -248,7 +252,9 @@ def rank_from_disk(
 
         with progress_bar(len(streamed), "rank", "layer", progress) as bar:
             before = streamed.read
-            distance, plan = rank_streamed(streamed, sequences, budget, pad_id=pad_id, say=say, progress=bar.update)
+            distance, plan = rank_streamed(
+                streamed, sequences, budget, pad_id=pad_id, say=say, progress=bar.update, keep=keep
+            )
         passes = {"passes": len(plan.groups), "bytes_read": streamed.read - before, "states_in": plan.place}
         return distance, {"streamed": passes}
 

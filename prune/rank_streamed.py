@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from layerprune.model.data import batches
 from layerprune.model.decoder import states_BTD
 from layerprune.model.layermajor import layer_major, sizes_of, working_bytes
 from layerprune.model.layerwise import Batch, State
+from layerprune.model.passfile import PassFile
 from layerprune.model.passplan import PassPlan, plan_passes
 from layerprune.model.stream import StreamedModel
 from layerprune.model.tree import CutTree, Node
@@ -27,11 +29,13 @@ def rank_streamed(
     pad_id: int = 0,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int], None] = lambda layers: None,
+    keep: Path | None = None,
 ) -> tuple[list[list[float]], PassPlan]:
     """Distances of all blocks, as `rank_decoder` gives them for the whole model (to the bit, on the CPU, at equal batches).
 
     Of each document only the states of its last token are kept, (L+1) x D numbers. say: told the plan before it starts.
-    progress: told of each layer of each pass. Raises Refused as `rank_decoder`, and where the budget is too small.
+    progress: told of each layer of each pass. keep: a file for the states of a pass that is killed, with which the next call goes
+    on; it is gone in the end. Raises Refused as `rank_decoder`, and where the budget is too small.
     """
     decoder = streamed.decoder
     layers = len(decoder)
@@ -52,7 +56,16 @@ def rank_streamed(
         states = states_BTD(state.hidden, rows, width)
         picked.setdefault(number, []).append(at_positions(states, last_B, width, type(decoder.model).__name__).cpu())
 
-    layer_major(streamed, tree, [(b.ids_BT, b.mask_BT) for b in made], plan, see, progress=progress)
+    def take() -> dict[str, torch.Tensor]:
+        return {f"{number}/{depth}": t for number, states in picked.items() for depth, t in enumerate(states)}
+
+    def put(found: dict[str, torch.Tensor]) -> None:
+        picked.clear()
+        for number, depth in sorted((int(a), int(b)) for a, b in (name.split("/") for name in found)):
+            picked.setdefault(number, []).append(found[f"{number}/{depth}"])
+
+    file = None if keep is None else PassFile(keep, streamed.identity(), take, put)
+    layer_major(streamed, tree, [(b.ids_BT, b.mask_BT) for b in made], plan, see, progress=progress, keep=file)
     for number in range(len(made)):
         states_BLD = torch.stack(picked[number], dim=1)
         must_be_numbers(states_BLD)

@@ -356,3 +356,86 @@ def test_the_branches_of_a_skeleton_are_not_tried(sharded: Path) -> None:
     with pytest.raises((NotImplementedError, RuntimeError, Refused)):  # torch: no data on the meta device
         Branches(streamed.decoder, cuts(6), 1 << 20)
     assert isinstance(streamed.decoder, Decoder) and stream.StreamedModel is StreamedModel
+
+
+class Cut(Exception):
+    """As if the process were killed."""
+
+
+@pytest.mark.parametrize("after", [0, 2, 4])
+@pytest.mark.parametrize("what", ["rank", "loss", "tasks"])
+def test_a_killed_pass_goes_on_at_its_layer(
+    run_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, after: int
+) -> None:
+    from layerprune.eval.tasks import load_tasks
+    from layerprune.model import layermajor, passfile
+
+    folder = run_inputs / "model"
+    streamed, tokenizer = StreamedModel(folder, device="cpu", dtype="float32"), load_tokenizer(folder)
+    asked, kept, layers = sequences(300), cuts(8), 8
+    tasks = load_tasks({"tiny": 0}, run_inputs / "tasks", 0)
+    file = tmp_path / "pass.safetensors"
+
+    def call(keep: Path | None) -> Any:
+        if what == "rank":
+            return rank_streamed(streamed, asked, PLENTY, keep=keep)[0]
+        given: dict[str, Any] = {"sequences": asked} if what == "loss" else {"tasks": tasks, "limit": 8}
+        return sweep_streamed(streamed, tokenizer, kept, PLENTY, keep=keep, **given)
+
+    expected = call(None)
+    monkeypatch.setattr(passfile.PassFile, "due", lambda self: True)
+    save = passfile.PassFile.save
+
+    def killed(self: Any, identity: str, layer: int, *rest: Any) -> None:
+        save(self, identity, layer, *rest)
+        if layer == after:
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passfile.PassFile, "save", killed)
+        with pytest.raises(Cut):
+            call(file)
+    assert file.exists() and [p.name for p in tmp_path.iterdir()] == [file.name]
+    before, run = streamed.read, []
+    step = layermajor.Batch.step
+    with monkeypatch.context() as patch:
+        patch.setattr(layermajor.Batch, "step", lambda self, i, s: (run.append(i), step(self, i, s))[1])
+        assert call(file) == expected
+    held = () if what == "rank" else (layers - 1,)
+    left = {*range(after + 1, layers), *held}
+    assert streamed.read - before == sum(streamed.stored_bytes(i) for i in left)
+    # the stand-ins of the proof run once for each branch; of the real layers none up to the kill is run again
+    assert {i for i in run if run.count(i) > 3} <= left
+    assert not file.exists()
+
+
+def test_the_states_of_another_pass_are_left_alone(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from layerprune.model import passfile
+
+    streamed = StreamedModel(sharded, device="cpu", dtype="float32")
+    monkeypatch.setattr(passfile.PassFile, "due", lambda self: True)
+    file = tmp_path / "pass.safetensors"
+    monkeypatch.setattr(passfile.PassFile, "remove", lambda self: None)  # as if killed after the last layer but one
+    mine, other = sequences(100), sequences(90)
+    expected = rank_streamed(streamed, other, PLENTY)[0]
+    rank_streamed(streamed, mine, PLENTY, keep=file)
+    assert file.exists()
+    assert rank_streamed(streamed, other, PLENTY, keep=file)[0] == expected  # another question: from the first layer
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    before = streamed.read
+    assert rank_streamed(streamed, other, PLENTY, keep=file)[0] == expected  # not whole: from the first layer
+    assert streamed.read - before == sum(streamed.stored_bytes(i) for i in range(6))
+
+
+def test_a_file_is_written_only_now_and_then(tmp_path: Path) -> None:
+    from layerprune.model.passfile import PassFile
+
+    file = PassFile(tmp_path / "a" / "pass", "key", dict, lambda found: None, seconds=0.0)
+    assert file.due()
+    file.save("same", 3, None, {"x": torch.ones(2)})
+    assert not file.due() or file._cost == 0  # twenty times what writing took must pass first
+    assert file.load("other") is None
+    found = file.load("same")
+    assert found is not None and found[:2] == (3, None) and torch.equal(found[2]["x"], torch.ones(2))
+    assert not PassFile(tmp_path / "b", "key", dict, lambda found: None).due()
