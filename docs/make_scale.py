@@ -91,14 +91,16 @@ def measured() -> str:
         f"{record['rank']['read'] / 1e9:.1f} GB of layers), computed in bf16, `--ram 4GiB`, {shape['documents']} documents of "
         f"{shape['length']} tokens (`benchmarks/streaming.py`):",
         "",
-        "| | passes | read / stored | peak of the process | seconds |",
-        "|---|---|---|---|---|",
+        "| | passes | read / stored | planned memory | peak of the process | seconds |",
+        "|---|---|---|---|---|---|",
     ]
     names = {"read": "all layers brought in, nothing computed", "rank": "rank", "sweep": "loss at all depths, last n"}
     for key, name in names.items():
         one = record[key]
+        parts = re.search(r"([\d.]+) GB of states .* beside ([\d.]+) GB", " ".join(one["plan"]))
+        planned = "" if parts is None else f"{(float(parts[1]) + float(parts[2])) * 1e9 / 2**30:.2f} GiB"
         rows.append(
-            f"| {name} | {one['passes']} | {one['read_of_checkpoint']:.3f} | {one['rss_peak'] / 2**30:.2f} GiB "
+            f"| {name} | {one['passes']} | {one['read_of_checkpoint']:.3f} | {planned} | {one['rss_peak'] / 2**30:.2f} GiB "
             f"| {one['seconds']:.0f} |"
         )
     return "\n".join(rows)
