@@ -90,6 +90,7 @@ def heal_checkpoint(
     work: str | Path | None = None,
     report: Say | None = None,
     recipe: Recipe | str | None = None,
+    nf4_copy: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Train a (cut) checkpoint back with QLoRA on its MLPs, and write it with the adapter merged to the folder `out`.
@@ -107,7 +108,8 @@ def heal_checkpoint(
     adapter: folder for the LoRA adapter in peft's format, by default `out`/adapter; the record has its path from `out`.
     work: folder for the state that a killed run goes on from, by default the hidden sibling `.<name of out>.work`; it is
     removed at success.
-    report: gets the cost line and what follows, by default on stderr.
+    report: gets the cost line and what follows, by default on stderr. nf4_copy: write the result once more, in NF4, to the new
+    folder `out`-nf4 (`layerprune.heal.copy4bit`).
 
     The base is held in NF4 with double quantisation, or decoded from it where memory allows; the merge is in float32, rounded
     once, and every tensor that was not trained is copied byte for byte (merge="weights"). On one CPU, the same seed gives the
@@ -124,12 +126,25 @@ def heal_checkpoint(
     work = out.parent / f".{out.name}.work" if work is None else Path(work).absolute()
     check_reports(report_to)
 
-    def begin() -> None:
-        if (out / "layerprune.json").exists() and (work / "trained.json").exists():
+    copy = out.with_name(f"{out.name}-nf4") if nf4_copy else None
+
+    def begin() -> bool:
+        """Whether only the copy is missing."""
+        healed = (out / "layerprune.json").exists() and (work / "trained.json").exists()
+        if healed and copy is not None and not copy.exists():
+            return True
+        if healed:
             shutil.rmtree(work)  # of a healing that was killed after all but this was done
         must_not_exist(out)
+        if copy is not None:
+            must_not_exist(copy)
+        return False
 
-    first_alone(begin, device or "auto")
+    if first_alone(begin, device or "auto"):
+        _copy_4bit(out, copy, process_device(pick_device(device)), trust_remote_code, say, progress)
+        if rank() == 0:
+            shutil.rmtree(work, ignore_errors=True)
+        return dict(read_json(out / "layerprune.json")["healing"])
     source = find_model(str(model))
     budget = byte_count(memory, "--memory")
     config = load_config(source.folder, trust_remote_code)
@@ -159,7 +174,9 @@ def heal_checkpoint(
         device in (None, "auto") and world_size() == 1, budget, tuple(report_to), trust_remote_code, say, progress,
     )  # fmt: skip
     if settings.steps == 0:
-        return job.bridge_only()
+        bridged = job.bridge_only()
+        _copy_4bit(out, copy, chosen, trust_remote_code, say, progress)
+        return bridged
     with _work_folder(work, _identity(source, settings, chosen, pair), out, chosen) as resumed:
         # an adapter beside the result that a killed run of ours had already put there is made again
         if job.outside is not None and job.outside.exists() and not (resumed and (work / "adapter").exists()):
@@ -168,9 +185,21 @@ def heal_checkpoint(
         if not first_alone((work / "trained.json").exists, chosen):
             job.train()
         healing = first_alone(job.finish, chosen)
+    _copy_4bit(out, copy, chosen, trust_remote_code, say, progress)
     if rank() == 0:
         shutil.rmtree(work, ignore_errors=True)
     return healing
+
+
+def _copy_4bit(out: Path, copy: Path | None, device: str, trust: bool, say: Say, progress: bool) -> None:
+    """The result once more in NF4, where that was asked for; by the first process."""
+    if copy is None:
+        return
+    from layerprune.heal.copy4bit import write_nf4_copy
+
+    say("quantising a copy")
+    found = first_alone(lambda: write_nf4_copy(out, copy, device, trust, progress), device)
+    say(f"  NF4: {found['quantised']} layers in {copy}, {found['bytes'] / 1e6:,.0f} MB")
 
 
 def _nobody(line: str) -> None:

@@ -287,6 +287,7 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 @click.option("--merge", type=click.Choice(["weights", "nf4"]), help="Into the checkpoint's weights, or those trained  [weights].")
 @click.option("--memory", metavar="SIZE", help="GPU memory to plan for, such as 16GiB  [most of what is free].")
 @click.option("--micro-batch", type=int, metavar="B", help="Sequences in memory at once  [chosen].")
+@click.option("--nf4-copy", is_flag=True, help="Write the result once more in NF4, to OUT-nf4.")
 @click.option("--report-to", metavar="A,B", help="Reports beside the terminal's: tensorboard, wandb, trackio.")
 @_options(_seed, _device, _trust, _out("runs/<model>-healed"), _json, _v)
 def heal(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging as logging_of
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,8 @@ def show_loading() -> None:
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' progress bars and advice off the terminal; errors stay."""
+    """Keep transformers' progress bars and advice off the terminal, and bitsandbytes' advice; errors stay."""
+    logging_of.getLogger("bitsandbytes").setLevel(logging_of.ERROR)
     from transformers.utils import logging
 
     logging.set_verbosity_error()
