@@ -26,11 +26,12 @@ def run_path(layerwise: Layerwise, batch: Batch, state: State, counts: Counts) -
     check_counts(counts, len(layerwise))
     state = state.fork()
     for layer in executed(counts):
-        state = _step(batch, layer, state, counts)
+        state = step_along(batch, layer, state, counts)
     return state
 
 
-def _step(batch: Batch, layer: int, state: State, counts: Counts) -> State:
+def step_along(batch: Batch, layer: int, state: State, counts: Counts) -> State:
+    """`Batch.step` on the way along `counts`; Refused where the layer cannot run on it."""
     try:
         return batch.step(layer, state)
     except torch.cuda.OutOfMemoryError:
@@ -66,7 +67,7 @@ class PathCache:
         state = self._states[order[:done]][0] if done else self._first
         for end in range(done + 1, len(order) + 1):
             # what is kept must not see what a later layer writes into the mappings
-            state = _step(self._batch, order[end - 1], state.fork(), counts)
+            state = step_along(self._batch, order[end - 1], state.fork(), counts)
             self.applications += 1
             self._keep(order, end, state)
         self._touch(order)

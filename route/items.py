@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from layerprune.model.data import check_token_id
 from layerprune.model.errors import Refused
@@ -89,7 +89,7 @@ def _item(line: str, number: int, path: Path, tokenizer: Any) -> Item:
     return Item(number, context, endings, gold)
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     try:  # half of a surrogate pair is valid JSON and no text
         return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
     except UnicodeEncodeError:
