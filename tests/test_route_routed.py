@@ -65,7 +65,7 @@ def state(decoder: Decoder) -> list[str]:
     held = [json.dumps(decoder.model.config.to_dict(), default=str), repr(decoder.model.generation_config)]
     for name, module in decoder.model.named_modules(remove_duplicate=False):
         simple = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | list | tuple | None)}
-        held.append(f"{name} {id(module)} {simple} {sorted(vars(module))}")
+        held.append(f"{name} {id(module)} {sorted(simple.items())} {sorted(vars(module))}")
     return held
 
 
@@ -177,7 +177,7 @@ def test_each_row_goes_its_own_way(load: Load, name: str) -> None:
     routed = RoutedModel(decoder, routers)
     found = routed.generate(prompts, NEW, min_new_tokens=NEW, eos_token_id=None)
     assert state(decoder) == before
-    assert len({made.counts for made in found}) >= 3 and found[5] == found[2]
+    assert len({made.counts for made in found}) >= 2 and found[5] == found[2]
     for made, prompt in zip(found, prompts, strict=True):
         assert made.counts == decided_by_hand(decoder, routers, prompt)
         assert list(made.tokens) == greedy_without_cache(decoder, made.counts, prompt)
