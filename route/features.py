@@ -20,7 +20,7 @@ from layerprune.model.decoder import Decoder, states_BTD
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import must_have_room, no_space_refusal, read_json, write_json
 from layerprune.model.layerwise import Layerwise
-from layerprune.route.execute import step_along
+from layerprune.route.execute import check_routable, step_along
 from layerprune.route.paths import Counts, check_counts
 from layerprune.route.router import WINDOWS, pool_windows
 
@@ -59,14 +59,14 @@ def collect_features(
     """Run every item once along its path, and keep what the routers would see; a call that was killed is gone on with.
 
     base: the fingerprint of the decoder's checkpoint. folder is made where it is missing; progress is told items as they are
-    done. The decoder must be one that the layerwise pass serves exactly. Raises UsageError for no item and for a path of
-    another model, Refused for a folder with other features, a path that the model cannot run, states that are not finite,
-    and a disk that is too small.
+    done. Raises UsageError for no item and for a path of another model, Refused for a model whose layers cannot be routed, a
+    folder with other features, a path that the model cannot run, states that are not finite, and a disk that is too small.
     """
     if not items:
         raise UsageError("there is no labelled prompt to train on")
     for item in items:
         check_counts(item.counts, len(decoder))
+    check_routable(decoder)
     layerwise = Layerwise(decoder)
     first = layerwise.begin(torch.tensor([items[0].prompt])).start().hidden
     width, dtype = states_BTD(first, 1, len(items[0].prompt)).shape[-1], first.dtype

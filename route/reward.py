@@ -28,7 +28,7 @@ class PathReward:
     and those before it. A path that the model cannot run answers nothing, nor does one whose logits are not numbers.
 
     paths: the cache of states that the item's paths share, which counts layer applications; limit: its bytes. The decoder
-    must be one that the layerwise pass serves exactly (`layerprune.model.tree.exact_branches`).
+    must be one that the layerwise pass serves exactly (`check_routable`).
     """
 
     def __init__(self, layerwise: Layerwise, item: Item, goes_on: GoesOn, limit: int = 1 << 30) -> None:

@@ -20,7 +20,7 @@ from layerprune.model.errors import UsageError
 from layerprune.model.keep import OtherStack
 from layerprune.model.layerwise import Batch, Layerwise, State
 from layerprune.model.memory import in_halves
-from layerprune.route.execute import step_along
+from layerprune.route.execute import check_routable, step_along
 from layerprune.route.paths import ACTIONS, REPEAT, SKIP, Counts, check_counts, executed
 from layerprune.route.router import Routers, choose, parse_dial, pool_windows, turn_dial
 
@@ -46,14 +46,15 @@ class RoutedModel:
     """A live decoder with routers. The model is as it was between calls; stacks are found and proven once a path.
 
     dial: a number from -1 to 1, `router` (-0.5, the routers' own choice) or `execute` (0.5), see `turn_dial`. The decoder
-    must be in eval mode, and one that the layerwise pass serves exactly. Raises UsageError for routers of another number of
-    layers, and for a dial that is none.
+    must be in eval mode. Raises UsageError for routers of another number of layers and for a dial that is none, Refused for
+    a model whose layers cannot be routed.
     """
 
     def __init__(self, decoder: Decoder, routers: Routers, dial: str | float = "router") -> None:
         if routers.layers != len(decoder):
             raise UsageError(f"routers of {routers.layers} layers do not fit a model of {len(decoder)} layers")
         self.decoder, self.dial = decoder, parse_dial(dial)
+        check_routable(decoder)
         self._routers = routers.to(decoder.device)
         self._layerwise = Layerwise(decoder)
         self._stacks: OrderedDict[Counts, OtherStack] = OrderedDict()
