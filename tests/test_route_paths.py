@@ -190,6 +190,17 @@ def test_the_beginning_stays_where_memory_is_short() -> None:
     assert cache.applications - before == 1
 
 
+def test_of_states_used_together_the_longest_goes_first() -> None:
+    stack: Any = range(6)
+    batch: Any = Counter()
+    cache = PathCache(stack, batch, 300)
+    cache.run((1, 1, 1, 0, 0, 0))
+    cache.run((0, 1, 0, 0, 0, 0))
+    before = cache.applications
+    cache.run((1, 1, 0, 0, 0, 0))
+    assert cache.applications == before
+
+
 def test_a_path_of_another_model_is_refused(load: Callable[[str], Decoder], tiny_llama: Path) -> None:
     layerwise = Layerwise(view_decoder(load_model(tiny_llama, device="cpu", dtype="float32")))
     batch = layerwise.begin(families.ids_of(1, 4))
