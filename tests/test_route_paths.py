@@ -197,7 +197,7 @@ def test_of_states_used_together_the_longest_goes_first() -> None:
     cache.run((1, 1, 1, 0, 0, 0))
     cache.run((0, 1, 0, 0, 0, 0))
     before = cache.applications
-    cache.run((1, 1, 0, 0, 0, 0))
+    cache.run((1, 0, 0, 0, 0, 0))
     assert cache.applications == before
 
 
