@@ -241,6 +241,17 @@ def test_the_dial_turns_what_the_routers_say(load: Load) -> None:
     assert all(0 in counts for counts in RoutedModel(decoder, routers, -0.9).decide(prompts))
 
 
+def test_half_precision_is_proven_and_routed(load: Load) -> None:
+    decoder = load("Qwen3")
+    routers = routers_for(decoder)
+    decoder.model.to(torch.bfloat16)
+    with OtherStack(decoder, executed(PATH)).entered() as other:
+        assert len(other) == 8
+    prompts = some_prompts(3)
+    made = RoutedModel(decoder, routers).generate(prompts, 3, min_new_tokens=3, eos_token_id=None)
+    assert [one.counts for one in made] == [decided_by_hand(decoder, routers, prompt) for prompt in prompts]
+
+
 @torch.no_grad()
 def test_layers_that_share_keys_are_decided_row_by_row(load: Load) -> None:
     """Gemma-3n: rows cannot take different ways through layers that hand each other keys and values."""
