@@ -37,9 +37,9 @@ def label_items(
     """Search a path for every item, and write what was found to `path`, item by item; a call that was killed is gone on with.
 
     base: the fingerprint of the decoder's checkpoint. limit: bytes of states that one item's paths share. progress is told
-    items as they are done. A record has the item's line and prompt (token ids), the fields of `Found`, and the layer
-    applications made and those of running each path by itself. Raises Refused for a model whose layers cannot be routed, and
-    for a file that belongs to another search.
+    items as they are done. A record has the item's line and prompt (token ids), the fields of `Found` and whether it is
+    useful, and the layer applications made and those of running each path by itself. Raises Refused for a model whose layers
+    cannot be routed, and for a file that belongs to another search.
     """
     settings = settings or SearchSettings()
     check_routable(decoder)
@@ -56,7 +56,8 @@ def label_items(
             found = search_path(reward, len(decoder), settings, seed * 1_000_003 + number)
             work = {"applications": reward.paths.applications, "alone": reward.paths.alone}
             best = None if found.best is None else list(found.best)
-            records.append({"line": item.line, "prompt": list(item.prompt), **asdict(found), "best": best, **work})
+            own = {"line": item.line, "prompt": list(item.prompt), "useful": found.useful}
+            records.append({**own, **asdict(found), "best": best, **work})
             _append(file, records[-1])
             progress(1)
     return records
@@ -64,8 +65,7 @@ def label_items(
 
 def labelled(records: Sequence[dict[str, Any]]) -> list[Labelled]:
     """What there is to learn from: items answered better than by the whole model, or as well with fewer layers."""
-    useful = (r for r in records if r["best"] is not None and (r["reward"] > r["base"] or sum(r["best"]) < len(r["best"])))
-    return [Labelled(tuple(r["prompt"]), tuple(r["best"])) for r in useful]
+    return [Labelled(tuple(r["prompt"]), tuple(r["best"])) for r in records if r["useful"]]
 
 
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     improved: items answered better than by the whole model; shorter: as well, with fewer layers.
     """
     useful = labelled(records)
-    improved = sum(r["best"] is not None and r["reward"] > r["base"] for r in records)
+    improved = sum(r["reward"] > r["base"] for r in records if r["useful"])
     saved = sum(len(item.counts) - sum(item.counts) for item in useful)
     return {
         "items": len(records), "answered": sum(r["base"] > 0 for r in records), "useful": len(useful), "improved": improved,

@@ -67,6 +67,7 @@ def test_a_killed_search_goes_on(decoder: Decoder, tmp_path: Path) -> None:
         found = search_path(reward, 8, settings, number)
         assert record["best"] == (None if found.best is None else list(found.best))
         assert (record["visited"], record["kept"], record["base"]) == (found.visited, found.kept, found.base)
+        assert record["useful"] == found.useful
         assert (record["line"], record["prompt"]) == (item.line, list(item.prompt))
         assert 0 < record["applications"] < record["alone"]
 
@@ -110,7 +111,8 @@ def test_a_file_of_another_search_is_left_as_it_is(decoder: Decoder, tmp_path: P
 
 def record(best: list[int] | None, base: float, reward: float) -> dict[str, Any]:
     work = {"visited": 4, "simulations": 5, "applications": 10, "alone": 30}
-    return {"prompt": [3, 4], "best": best, "base": base, "reward": reward, **work}
+    useful = best is not None and (reward > base or sum(best) < len(best))
+    return {"prompt": [3, 4], "best": best, "base": base, "reward": reward, "useful": useful, **work}
 
 
 def test_what_there_is_to_learn_from() -> None:
