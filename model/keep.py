@@ -1,14 +1,16 @@
-"""A live model that really has only the layers that stay, so that it generates with its KV cache.
+"""A live model that really has only the layers that run, so that it generates with its KV cache.
 
-A virtual cut skips layers, and a skipped layer leaves its cache slot empty: generating is then possible only without a
-cache. Here the stack is replaced by one of the layers that stay, the very same modules, and every index, count and
-list that follows from the config is what transformers makes of the cut config. No family is known by name: the model
-is built twice without weights, from its own config and from the cut one, and what differs is what changes.
+A virtual cut skips layers, and a skipped layer leaves its cache slot empty; a layer that runs twice would write twice into
+one slot. Generating is then possible only without a cache. Here the stack is replaced by one of the layers that run, the
+very same modules (the second run of a layer is a shell around the same weights), and every index, count and list that
+follows from the config is what transformers makes of the changed config. No family is known by name: the model is built
+twice without weights, from its own config and from the changed one, and what differs is what changes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +20,8 @@ from torch import nn
 
 from layerprune.model.cuts import Kept, check_kept, describe_dropped
 from layerprune.model.decoder import Decoder, forward_logits, virtual_cut
-from layerprune.model.errors import Refused, model_errors, one_line
+from layerprune.model.errors import Refused, UsageError, model_errors, one_line
+from layerprune.model.layerwise import Layerwise
 from layerprune.model.likeness import prove_config
 from layerprune.model.surgery import cut_config
 
@@ -46,26 +49,71 @@ def kept_model(decoder: Decoder, kept: Kept) -> Iterator[Decoder]:
     order, and Refused for what a cut config cannot say, and where the proof fails.
     """
     check_kept(kept, len(decoder))
-    if len(kept) == len(decoder):
-        yield decoder
-        return
-    stack = nn.ModuleList(decoder.layers[i] for i in kept)
-    stack.training = decoder.layers.training
-    changes = _changes(decoder, kept, stack)
-    vocabulary = int(decoder.model.get_input_embeddings().weight.shape[0])
-    ids_BT = torch.randint(0, vocabulary, (1, _PROMPT + _NEW), generator=torch.Generator().manual_seed(0))
-    expected_BTV = _expected(decoder, kept, ids_BT)
-    undo: list[Change] = []
-    try:
-        for attributes, name, value in changes:
-            undo.append((attributes, name, attributes.get(name, _ABSENT)))
-            _put(attributes, name, value)
-        cut = Decoder(decoder.model, decoder.path, stack)
-        _prove(cut, ids_BT, expected_BTV)
+    with OtherStack(decoder, kept).entered() as cut:
         yield cut
-    finally:
-        for attributes, name, value in reversed(undo):
-            _put(attributes, name, value)
+
+
+class OtherStack:
+    """A stack of a live model's own layers in another order, to be entered as often as wanted; found and proven once.
+
+    order: original 0-based indices, none smaller than the one before; a layer that stands there twice runs twice, with a
+    cache slot for each. What `kept_model` says of its model and its proof is true here too; a repeated layer is
+    proven against the layerwise pass. Between uses the model must stay as it was when this was made.
+    """
+
+    def __init__(self, decoder: Decoder, order: Kept) -> None:
+        """Raises UsageError for an order that is none, and Refused for what a config cannot say of it."""
+        if not order or any(b < a for a, b in zip(order, order[1:], strict=False)) or order[0] < 0 or order[-1] >= len(decoder):
+            raise UsageError(f"layers {order} are no order of 0..{len(decoder) - 1}, each of which may come more than once")
+        self._decoder, self._order, self._proven = decoder, order, False
+        self._changes: list[Change] = []
+        if order != tuple(range(len(decoder))):
+            again = [new > 0 and order[new - 1] == old for new, old in enumerate(order)]
+            self._stack = nn.ModuleList(
+                _shell(decoder.layers[old]) if second else decoder.layers[old] for old, second in zip(order, again, strict=True)
+            )
+            self._stack.training = decoder.layers.training
+            self._changes = _changes(decoder, order, self._stack)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[Decoder]:
+        """Inside the block the live model has this stack. Raises Refused where the proof, on the first entry, fails."""
+        if not self._changes:
+            yield self._decoder
+            return
+        if not self._proven:
+            vocabulary = int(self._decoder.model.get_input_embeddings().weight.shape[0])
+            ids_BT = torch.randint(0, vocabulary, (1, _PROMPT + _NEW), generator=torch.Generator().manual_seed(0))
+            expected_BTV = _expected(self._decoder, self._order, ids_BT)
+        undo: list[Change] = []
+        try:
+            for attributes, name, value in self._changes:
+                undo.append((attributes, name, attributes.get(name, _ABSENT)))
+                _put(attributes, name, value)
+            cut = Decoder(self._decoder.model, self._decoder.path, self._stack)
+            if not self._proven:
+                _prove(cut, ids_BT, expected_BTV)
+                self._proven = True
+            yield cut
+        finally:
+            for attributes, name, value in reversed(undo):
+                _put(attributes, name, value)
+
+
+def _shell(layer: nn.Module) -> nn.Module:
+    """A layer like the given one, around the same weights, buffers and configs, with plain attributes of its own."""
+    from transformers import PreTrainedConfig
+
+    kept: dict[int, Any] = {}
+    for module in layer.modules():
+        if "forward" in vars(module):
+            raise Refused(
+                "a layer whose weights are brought in by hooks (device_map, offloading) cannot run twice with a cache: load the "
+                "model on one device"
+            )
+        held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        kept |= {id(value): value for value in held if isinstance(value, torch.Tensor | PreTrainedConfig)}
+    return copy.deepcopy(layer, kept)
 
 
 def _put(attributes: dict[str, Any], name: str, value: Any) -> None:
@@ -96,7 +144,7 @@ def _changes(decoder: Decoder, kept: Kept, stack: nn.ModuleList) -> list[Change]
         raise Refused(f"transformers cannot read what this cut would be: {one_line(error)}") from error
     prove_config(whole, cut, kept)
     found: dict[tuple[int, str], Change] = {}
-    for name, live, before, after in _alike(decoder, whole, cut, kept):
+    for name, live, before, after in _alike(decoder, whole, cut, kept, stack):
         for change in _differences(name, live, before, after):
             earlier = found.setdefault((id(change[0]), change[1]), change)
             if _text(earlier[2]) != _text(change[2]):
@@ -121,18 +169,20 @@ def _blueprint(decoder: Decoder, raw: dict[str, Any]) -> Decoder:
     return Decoder(model, decoder.path, layers)
 
 
-def _alike(decoder: Decoder, whole: Decoder, cut: Decoder, kept: Kept) -> Iterator[tuple[str, Any, Any, Any]]:
+def _alike(decoder: Decoder, whole: Decoder, cut: Decoder, kept: Kept, stack: nn.ModuleList) -> Iterator[tuple[str, Any, Any, Any]]:
     """(name, live module, the whole blueprint's, the cut blueprint's) of all modules that stay."""
     live, before = (dict(d.model.named_modules(remove_duplicate=False)) for d in (decoder, whole))
+    stacked = dict(stack.named_modules(remove_duplicate=False))
     inside = f"{cut.path}."
     for name, after in cut.model.named_modules(remove_duplicate=False):
-        old_name = name
+        old_name, found = name, live.get(name)
         if name.startswith(inside):
             index, dot, rest = name.removeprefix(inside).partition(".")
             old_name = f"{inside}{kept[int(index)]}{dot}{rest}"
+            found = stacked.get(f"{index}{dot}{rest}")
         if old_name not in before:
             raise Refused(f"the cut would give this {decoder.model.config.model_type} a module that it does not have: {name}")
-        yield old_name, live.get(old_name), before[old_name], after
+        yield old_name, found, before[old_name], after
 
 
 def _differences(name: str, live: Any, before: Any, after: Any) -> Iterator[Change]:
@@ -181,6 +231,8 @@ def _text(value: Any) -> str:
 @torch.no_grad()
 def _expected(decoder: Decoder, kept: Kept, ids_BT: torch.Tensor) -> torch.Tensor:
     try:
+        if len(set(kept)) < len(kept):
+            return _layer_by_layer(decoder, kept, ids_BT)
         with virtual_cut(decoder, kept):
             return forward_logits(decoder, ids_BT)
     except model_errors() as error:
@@ -188,6 +240,15 @@ def _expected(decoder: Decoder, kept: Kept, ids_BT: torch.Tensor) -> torch.Tenso
             f"this model does not run without layers {describe_dropped(kept, len(decoder))}: its layers pass on more than "
             f"their states ({type(error).__name__}: {one_line(error)}); choose another block"
         ) from error
+
+
+def _layer_by_layer(decoder: Decoder, order: Kept, ids_BT: torch.Tensor) -> torch.Tensor:
+    batch = Layerwise(decoder).begin(ids_BT)
+    state = batch.start()
+    for layer in order:
+        state = batch.step(layer, state)
+    tokens = ids_BT.shape[1]
+    return batch.logits(state, torch.zeros(tokens, dtype=torch.long), torch.arange(tokens))[None]
 
 
 @torch.no_grad()

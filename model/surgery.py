@@ -49,7 +49,7 @@ def text_part(raw: dict[str, Any], config: Any) -> dict[str, Any]:
 def cut_config(
     raw: dict[str, Any], config: Any, kept: Kept, extra: int, renamed: Mapping[str, str]
 ) -> dict[str, Any]:
-    """A copy of config.json that describes the model with the layers `kept` only.
+    """A copy of config.json that describes the model with the layers `kept` only; a layer may stand there more than once.
 
     raw: the parsed config.json; config: the object that transformers makes of it (its derived lists, such as
     `layer_types` from a period, are written out, so that the period no longer matters). extra: layers for multi-token
@@ -71,7 +71,7 @@ def cut_config(
         elif key == "ple_layer_ids" and isinstance(value, list):  # counted from 1
             inner[key] = [kept.index(i - 1) + 1 for i in value if i - 1 in kept]
         elif _is_index_list(key, value, layers):
-            inner[key] = [kept.index(i) for i in value if i in kept]
+            inner[key] = [new for i in value for new, old in enumerate(kept) if old == i]
         elif isinstance(value, list | tuple) and len(value) == layers and is_per_layer(key, value):
             inner[key] = [value[i] for i in kept]
         elif key in _FRONT_COUNTS and type(value) is int:
@@ -81,7 +81,7 @@ def cut_config(
         elif key.endswith("_pattern") and isinstance(value, str) and len(value) == layers:
             inner[key] = "".join(value[i] for i in kept)
         elif key in _INDEX_KEYED and isinstance(value, dict):
-            inner[key] = {str(kept.index(int(i))): v for i, v in value.items() if int(i) in kept}
+            inner[key] = {str(new): v for i, v in value.items() for new, old in enumerate(kept) if old == int(i)}
     if extra:
         inner |= {key: 0 for key in _EXTRA_LAYERS if key in inner or key in derived}
     _spell_out(inner, derived, layers, kept)

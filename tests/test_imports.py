@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STEPS = ("prune", "heal", "eval", "depth")
+STEPS = ("prune", "heal", "eval", "depth", "route")
 ALLOWED = {"model": {"model"}, **{step: {"model", step} for step in STEPS}}
 
 

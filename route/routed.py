@@ -1,0 +1,172 @@
+"""A model whose layers are routed by the prompt: one decision a prompt, then generation with the KV cache.
+
+The published code decides anew in every decode step, for all rows as for the first, and lets a repeated layer write twice
+into one cache slot. Here each row of a batch has its own path, chosen once; rows with the same path generate together, on a
+stack in which a repeated layer has two slots and a skipped one none (`layerprune.model.keep.OtherStack`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerprune.model.data import batches
+from layerprune.model.decoder import Decoder, states_BTD
+from layerprune.model.errors import UsageError
+from layerprune.model.keep import OtherStack
+from layerprune.model.layerwise import Batch, Layerwise, State
+from layerprune.model.memory import in_halves
+from layerprune.route.execute import check_routable, step_along
+from layerprune.route.paths import ACTIONS, REPEAT, SKIP, Counts, check_counts, executed
+from layerprune.route.router import Routers, choose, parse_dial, pool_windows, turn_dial
+
+_MOST_STACKS = 256
+_DECIDED_TOKENS = 8192
+
+Prompt = Sequence[int]
+"""Token ids of one prompt, without padding."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """New tokens of one prompt, the end-of-text token among them where it came, and the path of every pass.
+
+    path_length(counts) are the layers of one pass; for a whole generation it is to be multiplied by the passes.
+    """
+
+    tokens: tuple[int, ...]
+    counts: Counts
+
+
+class RoutedModel:
+    """A live decoder with routers. The model is as it was between calls; stacks are found and proven once a path.
+
+    dial: a number from -1 to 1, `router` (-0.5, the routers' own choice) or `execute` (0.5), see `turn_dial`. The decoder
+    must be in eval mode. Raises UsageError for routers of another number of layers and for a dial that is none, Refused for
+    a model whose layers cannot be routed.
+    """
+
+    def __init__(self, decoder: Decoder, routers: Routers, dial: str | float = "router") -> None:
+        if routers.layers != len(decoder):
+            raise UsageError(f"routers of {routers.layers} layers do not fit a model of {len(decoder)} layers")
+        self.decoder, self.dial = decoder, parse_dial(dial)
+        check_routable(decoder)
+        self._routers = routers.to(decoder.device)
+        self._layerwise = Layerwise(decoder)
+        self._stacks: OrderedDict[Counts, OtherStack] = OrderedDict()
+
+    @torch.no_grad()
+    def decide(self, prompts: Sequence[Prompt]) -> list[Counts]:
+        """The path of each prompt, from one layerwise pass along these paths. A dial of 0.5 or more needs no pass.
+
+        A row is decided by its own tokens; a batch changes it by rounding alone. Raises UsageError for a prompt without a
+        token, Refused where a layer needs what a skipped one would have handed on.
+        """
+        if not all(map(len, prompts)):
+            raise UsageError("a prompt without a token cannot be routed")
+        if self.dial >= 0.5:
+            constant = choose(turn_dial(torch.zeros(len(self.decoder), len(ACTIONS)), self.dial))
+            return [constant] * len(prompts)
+        found: list[Counts] = [()] * len(prompts)
+
+        def part(rows: Sequence[int]) -> None:
+            for batch in batches([prompts[row] for row in rows], _DECIDED_TOKENS):
+                for place, counts in zip(batch.rows, self._decide_batch(batch.ids_BT, batch.mask_BT), strict=True):
+                    found[rows[place]] = counts
+
+        in_halves(range(len(prompts)), part)
+        return found
+
+    def _decide_batch(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> list[Counts]:
+        rows, tokens = ids_BT.shape
+        batch = self._layerwise.begin(ids_BT, mask_BT)
+        state = batch.start()
+        if rows > 1 and (state.shared or state.hidden.dim() != 3):  # what rows share cannot go different ways
+            lengths = [tokens] * rows if mask_BT is None else mask_BT.sum(dim=1).tolist()
+            return [self._decide_batch(ids_BT[row : row + 1, :length], None)[0] for row, length in enumerate(lengths)]
+        if mask_BT is None:
+            mask_BT = torch.ones_like(ids_BT)
+        chances = []
+        for layer in range(len(self.decoder)):
+            pooled_BWD, real_BW = pool_windows(states_BTD(state.hidden, rows, tokens), mask_BT)
+            device = self._routers.up_LHD.device
+            logits_BC = self._routers.one_layer(layer, pooled_BWD.to(device), real_BW.to(device))
+            chances.append(turn_dial(logits_BC, self.dial).cpu())
+            state = _advance(batch, layer, state, chances[-1].argmax(dim=-1))
+        return [choose(chance_LC) for chance_LC in torch.stack(chances, dim=1)]
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> list[Generated]:
+        """Greedy continuations of the prompts, in their order, by transformers' own `generate` with its cache.
+
+        options go to `generate` (`eos_token_id`, `min_new_tokens`, ...). Rows of one path are padded on the left. Raises
+        what `decide` raises, and Refused for a path whose stack the model's config cannot say.
+        """
+        groups: dict[Counts, list[int]] = {}
+        for row, counts in enumerate(self.decide(prompts)):
+            groups.setdefault(counts, []).append(row)
+        found: list[Generated | None] = [None] * len(prompts)
+        for counts, members in groups.items():
+            with self.stack(counts).entered() as routed:
+
+                def part(rows: Sequence[int], counts: Counts = counts, routed: Decoder = routed) -> None:
+                    tokens = _continue(routed, [prompts[row] for row in rows], max_new_tokens, options)
+                    for row, made in zip(rows, tokens, strict=True):
+                        found[row] = Generated(made, counts)
+
+                in_halves(members, part)
+        return [made for made in found if made is not None]
+
+    def stack(self, counts: Counts) -> OtherStack:
+        """The stack of a path, kept for the next time; of more than 256 the one not used for longest goes."""
+        check_counts(counts, len(self.decoder))
+        if counts not in self._stacks:
+            self._stacks[counts] = OtherStack(self.decoder, executed(counts))
+            if len(self._stacks) > _MOST_STACKS:
+                self._stacks.popitem(last=False)
+        self._stacks.move_to_end(counts)
+        return self._stacks[counts]
+
+
+def _advance(batch: Batch, layer: int, state: State, count_B: torch.Tensor) -> State:
+    """The state after a layer that each row skips, executes or repeats; rows do not see each other."""
+    most = int(count_B.max())
+    if most == SKIP:
+        return state
+    told = tuple(count_B.tolist())
+    if len(told) == 1:
+        for _ in range(most):
+            state = step_along(batch, layer, state, told)
+        return state
+    count_B11 = count_B.to(state.hidden.device)[:, None, None]
+    once = step_along(batch, layer, state, told)
+    hidden = torch.where(count_B11 > SKIP, once.hidden, state.hidden)
+    if most == REPEAT:
+        hidden = torch.where(count_B11 == REPEAT, step_along(batch, layer, once, told).hidden, hidden)
+    return State(hidden, state.shared)
+
+
+def _continue(routed: Decoder, prompts: Sequence[Prompt], max_new_tokens: int, options: dict[str, Any]) -> list[tuple[int, ...]]:
+    """The new tokens of each prompt, those that fill up a row after its end left out."""
+    width = max(map(len, prompts))
+    ids_BT = torch.zeros((len(prompts), width), dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[row, width - len(prompt) :] = 1
+    model = routed.model
+    made_BT = model.generate(
+        ids_BT.to(routed.device), attention_mask=mask_BT.to(routed.device), max_new_tokens=max_new_tokens, do_sample=False,
+        num_beams=1, use_cache=True, pad_token_id=0, **options,
+    )  # fmt: skip
+    ends = options.get("eos_token_id", model.generation_config.eos_token_id)
+    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    found = []
+    for new in made_BT[:, width:].tolist():
+        end = next((place + 1 for place, token in enumerate(new) if token in ends), len(new))
+        found.append(tuple(new[:end]))
+    return found
