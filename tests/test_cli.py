@@ -41,7 +41,10 @@ FLAGS = {
     | {"--batch-size", "--micro-batch", "--memory", "--targets", "--adapters", "--distil", "--bridge", "--teacher"}
     | {"--packing", "--validation", "--merge", "--report-to"},
     "eval": COMMON | DATA | TASKS | {"--eval-data", "--no-loss"},
-    "depth": COMMON | DATA | {"--probe", "--reference", "--eval-data", "--tasks", "--limit", "--task-folder"},
+    "depth": COMMON
+    | DATA
+    | {"--probe", "--reference", "--eval-data", "--tasks", "--limit", "--task-folder"}
+    | {"--prompt", "--answer", "--lens", "--train-lens"},
     "recipes": {"--json", "-h", "--help"},
     "check": {"--drop", "--device", "--json", "-h", "--help"},
 }
