@@ -81,7 +81,11 @@ def _by_frequency(loaded: Loaded) -> dict[str, Any]:
     more = read_documents(subject.data, "validation", max(ask.samples, COUNTED), ask.seed)
     rows = loaded.decoder.model.get_input_embeddings().weight.shape[0]
     counted = count_buckets(tokenise(loaded.tokenizer, more, subject.length, progress=ask.progress), rows)
-    return _over_documents(loaded, "tokens", lambda *args, **told: tokens_probe(*args, counted, **told))
+
+    def probe(decoder: Any, sequences: list[list[int]], **told: Any) -> Any:
+        return tokens_probe(decoder, sequences, counted, **told)
+
+    return _over_documents(loaded, "tokens", probe)
 
 
 def _over_documents(loaded: Loaded, name: str, probe: Callable[..., Any]) -> dict[str, Any]:
