@@ -60,6 +60,7 @@ def integrated_gradients(
     steps: int = 256,
     block: int = 16,
     tolerance: float = 0.01,
+    only: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> Attribution:
     """Integrated gradients (Sundararajan et al., arXiv 1703.01365) of every layer's output, for one prompt and its answer.
@@ -70,6 +71,7 @@ def integrated_gradients(
     target: `sum` of the A gold tokens' probabilities, in [0, A], the paper's; `mean-log`, their mean log-probability in nats.
     rule: `midpoint` of each of the `steps` pieces of the path, whose error falls with the square of their number; `left`, the
     paper's code, whose error falls with their number. block: points of the path in memory at once, a row of a batch each.
+    only: the layers whose output is taken; the rows of others are 0 and count as complete. None for all.
     Parameters get no gradients, and are as before in the end. progress is told of each layer done.
     Raises UsageError for names and counts that are not allowed; Refused for a model that cannot be followed layer by layer,
     and for gradients that are not numbers.
@@ -79,6 +81,9 @@ def integrated_gradients(
             raise UsageError(f"the {name} {value!r} is none of {', '.join(allowed)}")
     if steps < 1 or block < 1:
         raise UsageError(f"{steps} steps in blocks of {block}: both must be at least 1")
+    taken = list(range(len(decoder))) if only is None else sorted(set(only))
+    if not taken or taken[0] < 0 or taken[-1] >= len(decoder):
+        raise UsageError(f"layers {taken} are none or not all of 0..{len(decoder) - 1}")
     check_answer(decoder, ids, answer)
     check_followed(decoder)
     layers, width = len(decoder), len(ids)
@@ -90,7 +95,7 @@ def integrated_gradients(
     map_LT = torch.zeros(layers, width, dtype=torch.float64)
     ends_L2 = torch.zeros(layers, 2, dtype=torch.float64)
     with frozen(decoder.model):
-        for layer in range(layers):
+        for layer in taken:
             like = states[layer + 1].hidden
             x_TF = states_BTD(like, 1, width)[0].float()
             b_TF = _baseline(x_TF, baseline)
@@ -113,11 +118,12 @@ def integrated_gradients(
     change_L = ends_L2[:, 1] - ends_L2[:, 0]
     error_L = map_LT.sum(dim=1) - change_L
     complete_L = error_L.abs() <= tolerance * ends_L2.abs().amax(dim=1)
-    passes = (steps + 2) * layers
-    forwards = layers + (steps + 2) * layers * (layers - 1) // 2 + (passes * (layers + 1) // 2 if run.real_before else 0)
-    return Attribution(
-        map_LT, float(ends_L2[-1, 1]), change_L, error_L, complete_L, tolerance, forwards, layers + passes * layers
-    )
+    passes = (steps + 2) * len(taken)
+    later = sum(layers - 1 - layer for layer in taken)
+    before = sum(layer + 1 for layer in taken) if run.real_before else 0
+    forwards = layers + (steps + 2) * (later + before)
+    whole = float(ends_L2[taken[-1], 1])
+    return Attribution(map_LT, whole, change_L, error_L, complete_L, tolerance, forwards, layers + passes * layers)
 
 
 def _baseline(x_TF: torch.Tensor, name: str) -> torch.Tensor:

@@ -10,7 +10,7 @@ from layerprune.model.errors import Refused, UsageError
 PROMPT, ANSWER = 24, 2
 """Tokens of a prompt and an answer that are taken from the data where the user gives none."""
 STEPS = (32, 64, 128, 256, 512, 1024)
-"""Points of the path that gradients are taken at, more of them until they add up."""
+"""Points of the path that a layer's gradients are taken at, more of them until they add up."""
 
 
 def pick_prompt(tokenizer: Any, config: Any, ask: Ask, sequences: list[list[int]]) -> Prompt:
@@ -65,40 +65,47 @@ def erasure(loaded: Loaded) -> dict[str, Any]:
 
 
 def gradients(loaded: Loaded) -> dict[str, Any]:
-    """gradients.json: `map` (L, T) and its completeness, see `Attribution`. Twice the steps until every layer is complete.
+    """gradients.json: `map` (L, T) and its completeness, see `Attribution`; `steps` by layer.
 
-    Raises Refused where a layer is not within the tolerance at the most steps.
+    Layers that are not complete are taken again with twice the steps. Raises Refused where one is not within the tolerance at
+    the most steps.
     """
     from layerprune.depth.gradients import integrated_gradients
     from layerprune.model.progress import progress_bar
 
     prompt, decoder = _prompt(loaded), loaded.decoder
+    layers = len(decoder)
+    rows: list[list[float]] = [[] for _ in range(layers)]
+    change, error, taken = [0.0] * layers, [0.0] * layers, [0] * layers
+    left, applications, naive = list(range(layers)), 0, 0
     for steps in STEPS:
-        with progress_bar(len(decoder), f"gradients, {steps} steps", "layer", loaded.ask.progress) as bar:
-            found = integrated_gradients(decoder, prompt.ids, prompt.answer, steps=steps, progress=bar.update)
-        if found.complete_L.all():
+        with progress_bar(len(left), f"gradients, {steps} steps", "layer", loaded.ask.progress) as bar:
+            found = integrated_gradients(decoder, prompt.ids, prompt.answer, steps=steps, only=left, progress=bar.update)
+        for layer in left:
+            rows[layer], taken[layer] = found.map_LT[layer].tolist(), steps
+            change[layer], error[layer] = float(found.change_L[layer]), float(found.error_L[layer])
+        applications, naive = applications + found.applications, naive + found.naive
+        left = [layer for layer in left if not found.complete_L[layer]]
+        if not left:
             break
-    worst = int(found.error_L.abs().argmax())
-    if not found.complete_L.all():
-        incomplete = int((~found.complete_L).nonzero()[0])
-        change, error = float(found.change_L[incomplete]), abs(float(found.error_L[incomplete]))
+    else:
         raise Refused(
-            f"the integrated gradients of layer {incomplete} do not add up: at {steps} steps their sum misses the change of the "
-            f"answer's probability, {change:.3g}, by {error:.2g}, more than {100 * found.tolerance:g} % of that probability; try "
-            "another --prompt or --dtype float32"
+            f"the integrated gradients of layer {left[0]} do not add up: at {steps} steps their sum misses the change of the "
+            f"answer's probability, {change[left[0]]:.3g}, by {abs(error[left[0]]):.2g}, more than {100 * found.tolerance:g} % of "
+            "that probability; try another --prompt or --dtype float32"
         )
     return {
         **_told(prompt),
-        "map": found.map_LT.tolist(),
+        "map": rows,
         "probability": found.whole,
-        "change": found.change_L.tolist(),
-        "error": found.error_L.tolist(),
-        "worst": abs(float(found.error_L[worst])),
+        "change": change,
+        "error": error,
+        "worst": max(map(abs, error)),
         "tolerance": found.tolerance,
-        "steps": steps,
+        "steps": taken,
         "baseline": "mean of the layer's output over the prompt's tokens",
-        "applications": found.applications,
-        "naive": found.naive,
+        "applications": applications,
+        "naive": naive,
     }
 
 
