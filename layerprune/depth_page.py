@@ -193,8 +193,10 @@ def _settings(
         "samples": "documents",
     }
     settings = {renamed.get(key, key): value for key, value in settings.items() if key != "kind"}
-    tokens = {label: [v for probe in own.values() if _is_count(v := probe.get("tokens"))] for label, own in found.items()}
-    settings["tokens"] = {label: f"{max(values):,}" for label, values in tokens.items() if values}
+    tokens = {
+        label: [int(probe["tokens"]) for probe in own.values() if _is_count(probe.get("tokens"))] for label, own in found.items()
+    }
+    settings["tokens"] = {label: f"{max(counts):,}" for label, counts in tokens.items() if counts}
     settings["effective depth"] = "the first layer past a threshold" if result.get("reference") else None
     parts: dict[str, Mapping[str, Any]] = {
         "Where from": flat(manifest.get("given", {}), ": "),
