@@ -60,12 +60,12 @@ _PROBES = {
     "erasure": (
         "Until when a token's state matters",
         "A token's state is replaced by the mean state of its depth: 0 means that nothing there was needed for the answer any "
-        "more, larger values that the answer's probabilities move.",
+        "more, 1.41 (the root of 2) that the answer's distribution moves from one certain token to another.",
     ),
     "gradients": (
         "Where the answer comes from",
-        "The part of the answer's probability that comes from a token's state at a layer, by integrated gradients: 0 adds nothing, "
-        "below 0 speaks against the answer; a row adds up to the change from the baseline.",
+        "The share of the answer's probability that comes from a token's state at a layer, by integrated gradients: 1 is all of "
+        "it, 0 is nothing, below 0 the state speaks against the answer.",
     ),
     "prunability": (
         "What speaks for a cut",
@@ -163,14 +163,16 @@ def _counted(probe: str, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -
     for label, own in found.items():
         values = own.get(probe, {})
         said = [f"{key} {_said(v)}" for key, v in flat(values.get("asked") or {}, ": ").items() if v not in (None, [], {})]
-        said += [
-            f"{_said(values[key])} {key}" for key in ("documents", "positions", "items", "tokens") if _is_count(values.get(key))
-        ]
-        tasks = ((task, v.get("items")) for task, v in values.items() if isinstance(v, Mapping))
-        said += [f"{task}: {items:,} items" for task, items in tasks if _is_count(items)]
+        said += _counts(values)
+        parts = ((part, _counts(v)) for part, v in values.items() if isinstance(v, Mapping) and part != "asked")
+        said += [f"{part}: {' and '.join(counts)}" for part, counts in parts if counts]
         if said:
             lines.setdefault(", ".join(said), []).append(label)
     return [(", ".join(labels), text) for text, labels in lines.items()]
+
+
+def _counts(values: Mapping[str, Any]) -> list[str]:
+    return [f"{values[key]:,} {key}" for key in ("documents", "positions", "items", "tokens") if _is_count(values.get(key))]
 
 
 def _is_count(value: Any) -> bool:

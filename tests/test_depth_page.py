@@ -113,12 +113,14 @@ def test_settings_and_versions(tmp_path: Path) -> None:
 
 
 def test_what_was_asked_and_counted_stands_with_its_probe(tmp_path: Path) -> None:
-    result, found = make(tmp_path / "a", ["erasure", "choices"])
+    result, found = make(tmp_path / "a", ["erasure", "choices", "skip"])
+    found["tiny"]["skip"] = {variant: {"documents": 8, "tokens": 2000, "mean": {"output": [0.5]}} for variant in ("all", "future")}
     found["tiny"]["erasure"] = {"asked": {"prompt": "Salt is", "answer": None}, "documents": 2048}
     found["tiny"]["choices"] = {"quiz": {"items": 40, "mass": [0.5]}, "facts": {"items": 1234}}
     html = page(tmp_path / "a", (result, found))
     assert "prompt Salt is, 2,048 documents. Numbers" in html
     assert "quiz: 40 items, facts: 1,234 items. Numbers" in html
+    assert "all: 8 documents and 2,000 tokens, future: 8 documents and 2,000 tokens. Numbers" in html
 
 
 def test_figures_go_to_their_probe_or_to_the_end(tmp_path: Path) -> None:
