@@ -80,7 +80,7 @@ _IMAGES = {".svg": "image/svg+xml", ".png": "image/png"}
 def write_depth_page(folder: Path, result: Mapping[str, Any], found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Path:
     """Write report.html into the folder of `layerprune depth`; returns its path. The same files give the same bytes.
 
-    result: the content of depth.json (`models`, `probes`, `reference`, `figures`). found: each probe's values by model and
+    result: the content of depth.json (`models`, their `notes` among it, `probes`, `reference`, `figures`). found: each probe's values by model and
     probe, of any subset of probes; one that is not known here gets its figures only. A figure belongs to the probe whose name
     it has, alone or before a hyphen. manifest.json gives settings and versions where it is there.
     Raises Refused for a manifest that is no JSON.
@@ -111,6 +111,7 @@ def _facts(folder: Path, result: Mapping[str, Any], found: Mapping[str, Mapping[
         "models": names,
         "metrics": _metrics(bool(result.get("reference"))),
         "table": [_line(model) for model in result["models"]],
+        "notes": [(str(model["label"]), str(note)) for model in result["models"] for note in model.get("notes", [])],
         "sections": sections,
         "settings": _settings(manifest, result, found),
     }

@@ -86,11 +86,12 @@ def test_readings_say_what_nothing_and_one_mean(tmp_path: Path) -> None:
 
 def test_the_table_is_that_of_depth_json(tmp_path: Path) -> None:
     result, found = make(tmp_path / "a", ["lens"], ("tiny", "other"))
-    result["models"][1]["effective_depth"] = None
+    result["models"][1] |= {"effective_depth": None, "notes": ["the prompt is 'A & B'", "two"]}
     html = page(tmp_path / "a", (result, found))
     table = html.partition('<table id="depth">')[2].partition("</table>")[0]
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in table.splitlines()]
     assert [row for row in rows if row] == [["24", "none", "10 (0.46)", "17 (0.75)"], ["24", "–", "–", "–"]]
+    assert re.findall("<li>(.*?)</li>", html) == ["other: the prompt is &#39;A &amp; B&#39;", "other: two"]
     assert "tiny, other: 1,536 tokens." in html
     assert "The first layer from which on" in html and "The first layer at which" not in html
     html = page(tmp_path / "a", ({**result, "reference": True}, found))
@@ -139,7 +140,7 @@ def test_figures_go_to_their_probe_or_to_the_end(tmp_path: Path) -> None:
 
 def test_strings_are_escaped(tmp_path: Path) -> None:
     result, found = make(tmp_path / "a", ["lens"])
-    result["models"][0] |= {"label": HOSTILE, "model": "<i>" + HOSTILE}
+    result["models"][0] |= {"label": HOSTILE, "model": "<i>" + HOSTILE, "notes": [HOSTILE]}
     result["probes"] = ["lens", "<u>" + HOSTILE]
     found = {HOSTILE: {"lens": {"asked": {"prompt": HOSTILE}, "tokens": 3}, "<u>" + HOSTILE: {"tokens": 4}}}
     manifest = {"given": {HOSTILE: HOSTILE}, "inputs": {HOSTILE: {HOSTILE: HOSTILE}}, "versions": {HOSTILE: HOSTILE}}
