@@ -80,9 +80,9 @@ _IMAGES = {".svg": "image/svg+xml", ".png": "image/png"}
 def write_depth_page(folder: Path, result: Mapping[str, Any], found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Path:
     """Write report.html into the folder of `layerprune depth`; returns its path. The same files give the same bytes.
 
-    result: the content of depth.json (`models`, their `notes` among it, `probes`, `reference`, `figures`). found: each probe's values by model and
-    probe, of any subset of probes; one that is not known here gets its figures only. A figure belongs to the probe whose name
-    it has, alone or before a hyphen. manifest.json gives settings and versions where it is there.
+    result: the content of depth.json (`models`, with or without `notes`, `probes`, `reference`, `figures`). found: by model and
+    probe, its values, of any subset of probes; one that is not known here gets its figures only. A figure belongs to the probe
+    whose name it has, alone or before a hyphen. manifest.json gives settings and versions where it is there.
     Raises Refused for a manifest that is no JSON.
     """
     path = folder / "report.html"
