@@ -32,7 +32,7 @@ class Marked:
 class DecidedSum:
     """Accumulates over marked tokens, by group:
 
-    asked_G: how many there were; predicted_G: those that the model itself ranks first, the only ones that count below.
+    marked_G: how many there were; predicted_G: those that the model itself ranks first, the only ones that count below.
     first_GK, last_GK: sums of the first layer at which the token has rank k or better, and of the first from which it keeps it;
     one that never does before the end counts as L. Layer l is the lens on x^(l), the input of layer l (0: the embedding).
     left_out: texts in which there was nothing to look at.
@@ -40,7 +40,7 @@ class DecidedSum:
 
     def __init__(self, layers: int, groups: Sequence[str], left_out: int = 0) -> None:
         self.layers, self.groups, self.left_out = layers, list(groups), left_out
-        self.asked_G = torch.zeros(len(groups), dtype=torch.long)
+        self.marked_G = torch.zeros(len(groups), dtype=torch.long)
         self.predicted_G = torch.zeros(len(groups), dtype=torch.long)
         self.first_GK = torch.zeros(len(groups), len(RANKS), dtype=torch.long)
         self.last_GK = torch.zeros(len(groups), len(RANKS), dtype=torch.long)
@@ -49,9 +49,9 @@ class DecidedSum:
     def tokens(self) -> int:
         return int(self.predicted_G.sum())
 
-    def ask(self, group_N: torch.Tensor) -> None:
+    def mark(self, group_N: torch.Tensor) -> None:
         """Count marked tokens, by their groups, whether or not the model predicts them."""
-        self.asked_G += torch.bincount(group_N, minlength=len(self.groups))
+        self.marked_G += torch.bincount(group_N, minlength=len(self.groups))
 
     def update(self, rank_LN: torch.Tensor, group_N: torch.Tensor) -> None:
         """rank_LN: the ranks (1 is first), by layer, of N tokens that the model predicts."""
@@ -63,19 +63,19 @@ class DecidedSum:
             self.last_GK[:, k].index_add_(0, group_N, torch.where(reached_LN, -1, layer_L1).amax(0) + 1)
 
     def merge(self, other: DecidedSum) -> None:
-        for name in ("asked_G", "predicted_G", "first_GK", "last_GK"):
+        for name in ("marked_G", "predicted_G", "first_GK", "last_GK"):
             getattr(self, name).add_(getattr(other, name))
         self.left_out += other.left_out
 
     def result(self) -> dict[str, Any]:
-        """By group: asked and predicted, counts; decided and kept, [g][k] mean layers in [0, L], None where none was predicted."""
+        """By group: marked and predicted, counts; decided and kept, [g][k] mean layers in [0, L], None where none was predicted."""
         counts = self.predicted_G.tolist()
         means = {
             name: [[total / count if count else None for total in row] for row, count in zip(sums.tolist(), counts, strict=True)]
             for name, sums in (("decided", self.first_GK), ("kept", self.last_GK))
         }
         about = {"groups": self.groups, "ranks": list(RANKS), "layers": self.layers, "left_out": self.left_out}
-        return {**about, "asked": self.asked_G.tolist(), "predicted": counts, **means}
+        return {**about, "marked": self.marked_G.tolist(), "predicted": counts, **means}
 
 
 def decided_probe(
@@ -127,7 +127,7 @@ def _one_batch(
     each = max(1, SLICE["cpu" if device.type == "cpu" else "cuda"] // vocab)
     every = torch.tensor([(row, at, group) for row, own in enumerate(marks) for at, group in own])
     for row_N, at_N, group_N in (part.unbind(1) for part in every.split(each)):
-        found.ask(group_N)
+        found.mark(group_N)
         target_N = batch.ids_BT[row_N, at_N].to(device)
         final_NV = made.logits(states[-1], row_N, at_N - 1)
         if final_NV.isnan().any():

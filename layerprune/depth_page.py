@@ -163,7 +163,9 @@ def _counted(probe: str, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -
     lines: dict[str, list[str]] = {}
     for label, own in found.items():
         values = own.get(probe, {})
-        said = [f"{key} {_said(v)}" for key, v in flat(values.get("asked") or {}, ": ").items() if v not in (None, [], {})]
+        asked = values.get("asked")
+        asked = flat(asked, ": ") if isinstance(asked, Mapping) else {}
+        said = [f"{key} {_said(v)}" for key, v in asked.items() if v not in (None, [], {})]
         said += _counts(values)
         parts = ((part, _counts(v)) for part, v in values.items() if isinstance(v, Mapping) and part != "asked")
         said += [f"{part}: {' and '.join(counts)}" for part, counts in parts if counts]

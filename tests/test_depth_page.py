@@ -124,6 +124,12 @@ def test_what_was_asked_and_counted_stands_with_its_probe(tmp_path: Path) -> Non
     assert "all: 8 documents and 2,000 tokens, future: 8 documents and 2,000 tokens. Numbers" in html
 
 
+def test_values_of_any_shape_do_no_harm(tmp_path: Path) -> None:
+    result, found = make(tmp_path / "a", ["strange"])
+    found["tiny"]["strange"] = {"asked": [1, 2], "tokens": None, "items": True, "documents": 2.5, "part": {"tokens": [3]}, "a": "b"}
+    assert '<p class="hint">Numbers:' in page(tmp_path / "a", (result, found))
+
+
 def test_figures_go_to_their_probe_or_to_the_end(tmp_path: Path) -> None:
     result, found = make(tmp_path / "a", ["lens", "lens-tuned", "lens-tuned-2", "lensing", "odd"])
     result["probes"] = ["odd", "lens-tuned", "lens"]

@@ -112,10 +112,10 @@ def by_hand(
 ) -> dict[str, Any]:  # fmt: skip
     """What a probe's result should be, one prefix of one text at a time."""
     layers = len(decoder)
-    asked, firsts, lasts = dict.fromkeys(groups, 0), {g: [] for g in groups}, {g: [] for g in groups}
+    marked, firsts, lasts = dict.fromkeys(groups, 0), {g: [] for g in groups}, {g: [] for g in groups}
     for ids, marks in texts:
         for place, group in marks:
-            asked[group] += 1
+            marked[group] += 1
             choice, ranks = lens_ranks(decoder, ids[: place + 1], end)
             if choice != ids[place]:
                 continue
@@ -126,14 +126,14 @@ def by_hand(
         return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else [None] * len(RANKS)
 
     return {
-        "asked": list(asked.values()), "predicted": [len(firsts[g]) for g in groups],
+        "marked": list(marked.values()), "predicted": [len(firsts[g]) for g in groups],
         "decided": [mean(firsts[g]) for g in groups], "kept": [mean(lasts[g]) for g in groups],
     }  # fmt: skip
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     json.dumps(found, allow_nan=False)
-    assert (found["asked"], found["predicted"]) == (expected["asked"], expected["predicted"])
+    assert (found["marked"], found["predicted"]) == (expected["marked"], expected["predicted"])
     for name in ("decided", "kept"):
         assert [row == pytest.approx(want) for row, want in zip(found[name], expected[name], strict=True)]
         for row, want in zip(found[name], expected[name], strict=True):
@@ -167,7 +167,7 @@ def test_words_against_one_prefix_at_a_time(learnt: Decoder, max_tokens: int | N
     found = total.result()
     assert sum(seen) == 4 and total.left_out == found["left_out"] == 1
     assert found["groups"] == list(TAGS) and found["ranks"] == list(RANKS) and found["layers"] == 5
-    assert min(found["predicted"]) >= 1 and total.tokens == sum(found["predicted"]) < sum(found["asked"])
+    assert min(found["predicted"]) >= 1 and total.tokens == sum(found["predicted"]) < sum(found["marked"])
     assert any(first != last for first, last in zip(found["decided"], found["kept"], strict=True))
     assert_same(found, expected)
 
@@ -187,7 +187,7 @@ def test_answers_against_one_prefix_at_a_time(learnt: Decoder, max_tokens: int |
     total = answers_probe(learnt, tokenizer, ITEMS, max_tokens=max_tokens)
     found = total.result()
     assert found["groups"] == list(LINES) and found["left_out"] == left_out
-    assert 0 < total.tokens < sum(found["asked"])
+    assert 0 < total.tokens < sum(found["marked"])
     assert_same(found, expected)
 
 
@@ -200,7 +200,7 @@ def test_after_a_wrong_token_the_next_gold_one_is_looked_at(learnt: Decoder) -> 
     wrong = next(token for token in range(60, 90) if token != choice)
     then = lens_ranks(learnt, [*prompt, wrong, 0], end)[0]
     found = decided_probe(learnt, [Marked([*prompt, wrong, then], [(6, 1), (7, 2)])], LINES[:3]).result()
-    assert found["asked"] == [0, 1, 1] and found["predicted"] == [0, 0, 1]
+    assert found["marked"] == [0, 1, 1] and found["predicted"] == [0, 0, 1]
 
 
 ENDS: dict[str, Callable[[Any], Callable[[torch.Tensor], torch.Tensor]]] = {
@@ -252,10 +252,10 @@ def test_planted_layers_that_do_nothing_decide_everything_before_them(tmp_path: 
 
 def test_first_crossings_and_for_good() -> None:
     total = DecidedSum(4, ["a", "b", "c"])
-    total.ask(torch.tensor([0, 0, 1, 2]))
+    total.mark(torch.tensor([0, 0, 1, 2]))
     total.update(torch.tensor([[3, 1, 40], [1, 1, 30], [6, 1, 20], [1, 1, 12]]), torch.tensor([0, 0, 1]))
     found = total.result()
-    assert found["asked"] == [2, 1, 1] and found["predicted"] == [2, 1, 0]
+    assert found["marked"] == [2, 1, 1] and found["predicted"] == [2, 1, 0]
     # rank 1: first at layers 1 and 0; for good from 3 and 0; the third token is never first before the end
     assert (found["decided"][0][0], found["kept"][0][0]) == (0.5, 1.5)
     assert (found["decided"][1][0], found["kept"][1][0]) == (4, 4)
@@ -264,7 +264,7 @@ def test_first_crossings_and_for_good() -> None:
     for _ in range(2):
         double.merge(total)
     again = double.result()
-    assert again["asked"] == [4, 2, 2] and again["left_out"] == 2 and again["decided"] == found["decided"]
+    assert again["marked"] == [4, 2, 2] and again["left_out"] == 2 and again["decided"] == found["decided"]
 
 
 def test_words_are_found_by_the_text_alone() -> None:
