@@ -63,10 +63,12 @@ def _cuts(axes: Any, found: Mapping[str, Any]) -> None:
     if found["whole"] is not None:
         axes.axhline(found["whole"], color=GREY, lw=1, ls="--", label="loss of the whole model")
     losses = [cut["loss"] for cuts in found["cuts"].values() for cut in cuts if cut["loss"] is not None]
-    top = min(_LOSS_TOP + 0.03, 1.2 * max([*losses, 0.1]))
-    if top > 1:
+    losses += [] if found["whole"] is None else [found["whole"]]
+    low, high = min([*losses, _LOSS_TOP]), min(_LOSS_TOP, max([*losses, 0.1]))
+    room = max(high - low, 0.05)
+    if high + 0.15 * room > 1:
         axes.axhline(1, color=GREY, ls=":", lw=1.2, label=f"uniform guess (loss = 1); above {_LOSS_TOP:g} drawn there")
-    axes.set_ylim(0, top)
+    axes.set_ylim(max(0, low - 0.15 * room), high + 0.15 * room)
     axes.text(0.5, 0.97, "normalised loss of cuts", ha="center", va="top", transform=axes.transAxes)
     axes.set_xlabel("layer (0-based); numbers: how many layers a cut drops")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))

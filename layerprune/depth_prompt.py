@@ -9,8 +9,8 @@ from layerprune.model.errors import Refused, UsageError
 
 PROMPT, ANSWER = 24, 2
 """Tokens of a prompt and an answer that are taken from the data where the user gives none."""
-STEPS = (32, 64, 128, 256, 512, 1024)
-"""Points of the path that a layer's gradients are taken at, more of them until they add up."""
+STEPS, MOST = 32, 2048
+"""Points of the path that a layer's gradients are taken at, to begin with and at most."""
 
 
 def pick_prompt(tokenizer: Any, config: Any, ask: Ask, sequences: list[list[int]]) -> Prompt:
@@ -65,47 +65,40 @@ def erasure(loaded: Loaded) -> dict[str, Any]:
 
 
 def gradients(loaded: Loaded) -> dict[str, Any]:
-    """gradients.json: `map` (L, T) and its completeness, see `Attribution`; `steps` by layer.
+    """gradients.json: `map` (L, T), its completeness, and `points` of the path taken by layer, see `Attribution`.
 
-    Layers that are not complete are taken again with twice the steps. Raises Refused where one is not within the tolerance at
-    the most steps.
+    Raises Refused where a layer is not within the tolerance at the most points.
     """
     from layerprune.depth.gradients import integrated_gradients
     from layerprune.model.progress import progress_bar
 
     prompt, decoder = _prompt(loaded), loaded.decoder
-    layers = len(decoder)
-    rows: list[list[float]] = [[] for _ in range(layers)]
-    change, error, taken = [0.0] * layers, [0.0] * layers, [0] * layers
-    left, applications, naive = list(range(layers)), 0, 0
-    for steps in STEPS:
-        with progress_bar(len(left), f"gradients, {steps} steps", "layer", loaded.ask.progress) as bar:
-            found = integrated_gradients(decoder, prompt.ids, prompt.answer, steps=steps, only=left, progress=bar.update)
-        for layer in left:
-            rows[layer], taken[layer] = found.map_LT[layer].tolist(), steps
-            change[layer], error[layer] = float(found.change_L[layer]), float(found.error_L[layer])
-        applications, naive = applications + found.applications, naive + found.naive
-        left = [layer for layer in left if not found.complete_L[layer]]
-        if not left:
-            break
-    else:
+    with progress_bar(len(decoder), "gradients", "layer", loaded.ask.progress) as bar:
+        found = integrated_gradients(
+            decoder, prompt.ids, prompt.answer, rule="adaptive", steps=STEPS, most=MOST, progress=bar.update
+        )  # fmt: skip
+    left = (~found.complete_L).nonzero()
+    if len(left):
+        layer = int(left[0])
+        change, error = float(found.change_L[layer]), abs(float(found.error_L[layer]))
+        points = int(found.points_L[layer])
         raise Refused(
-            f"the integrated gradients of layer {left[0]} do not add up: at {steps} steps their sum misses the change of the "
-            f"answer's probability, {change[left[0]]:.3g}, by {abs(error[left[0]]):.2g}, more than {100 * found.tolerance:g} % of "
-            "that probability; try another --prompt or --dtype float32"
+            f"the integrated gradients of layer {layer} do not add up: with {points} points their sum misses the change of the "
+            f"answer's probability, {change:.3g}, by {error:.2g}, more than {100 * found.tolerance:g} % of that probability; try "
+            "another --prompt or --dtype float32"
         )
     return {
         **_told(prompt),
-        "map": rows,
+        "map": found.map_LT.tolist(),
         "probability": found.whole,
-        "change": change,
-        "error": error,
-        "worst": max(map(abs, error)),
+        "change": found.change_L.tolist(),
+        "error": found.error_L.tolist(),
+        "worst": float(found.error_L.abs().max()),
         "tolerance": found.tolerance,
-        "steps": taken,
+        "points": found.points_L.tolist(),
         "baseline": "mean of the layer's output over the prompt's tokens",
-        "applications": applications,
-        "naive": naive,
+        "applications": found.applications,
+        "naive": found.naive,
     }
 
 

@@ -226,7 +226,7 @@ def _notes(probes: Mapping[str, Any]) -> list[str]:
         own = probes["gradients"]
         notes.append(
             f"gradients: probability of the answer's tokens, summed, {own['probability']:.3g}; sums miss the change by at most "
-            f"{own['worst']:.2g} ({min(own['steps'])} to {max(own['steps'])} steps; {100 * own['tolerance']:g} % is let pass)"
+            f"{own['worst']:.2g} ({min(own['points'])} to {max(own['points'])} points; {100 * own['tolerance']:g} % is let pass)"
         )
     if "tuned" in probes:
         own = probes["tuned"]

@@ -238,8 +238,9 @@ def test_a_token_across_the_border_is_the_answers(run_inputs: Path, model: Any) 
 def test_gradients_that_do_not_add_up_are_refused(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(depth_prompt, "STEPS", (1,))
-    with pytest.raises(Refused, match=r"integrated gradients of layer \d do not add up: at 1 steps .* more than 1 %"):
+    monkeypatch.setattr(depth_prompt, "STEPS", 1)
+    monkeypatch.setattr(depth_prompt, "MOST", 1)
+    with pytest.raises(Refused, match=r"integrated gradients of layer \d do not add up: with 1 points .* more than 1 %"):
         probe_depth(probes=["erasure", "gradients"], out=tmp_path / "out", **settings)
     assert (tmp_path / "out" / "model" / "erasure.json").exists()
     assert not (tmp_path / "out" / "model" / "gradients.json").exists()
@@ -373,30 +374,3 @@ def test_figures_of_several_models_and_odd_tokens(settings: dict[str, Any], tmp_
 def test_every_probe_is_named_in_the_help() -> None:
     told = CliRunner().invoke(main, ["depth", "--help"]).output
     assert all(probe in told for probe in PROBES)
-
-
-def test_layers_that_do_not_add_up_are_taken_again_alone(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from layerprune.depth import gradients
-
-    real, asked = gradients.integrated_gradients, []
-
-    def watched(decoder: Any, ids: list[int], answer: int, **kwargs: Any) -> Any:
-        found = real(decoder, ids, answer, **kwargs)
-        asked.append((kwargs["only"], found))
-        found.complete_L[:] = True
-        if len(asked) == 1:
-            found.complete_L[[2, 5]] = False
-        return found
-
-    monkeypatch.setattr(gradients, "integrated_gradients", watched)
-    monkeypatch.setattr(depth_prompt, "STEPS", (4, 8))
-    probe_depth(probes=["gradients"], out=tmp_path / "out", **settings)
-    found = stored(tmp_path / "out", "gradients")
-    (first, whole), (second, part) = asked
-    assert first == list(range(8)) and second == [2, 5]
-    assert found["steps"] == [4, 4, 8, 4, 4, 8, 4, 4]
-    assert found["map"][1] == whole.map_LT[1].tolist() and found["map"][5] == part.map_LT[5].tolist()
-    assert not part.map_LT[[0, 1, 3, 4, 6, 7]].any() and part.map_LT[2].any()
-    assert whole.applications == 8 + 6 * 28 and part.applications == 8 + 10 * (5 + 2) and found["naive"] > found["applications"]
