@@ -34,18 +34,18 @@ _PROBES = {
     "tokens": (
         "Frequent and rare tokens",
         _SHARE + "the share of first choices that fall on tokens of each frequency, from 0 to 1; of these, the share that the end "
-        "overturns (0: all stand, 1: none does); and the mean first layer at which the final token has rank k or better (0: at the "
-        "embedding, L: only in the end).",
+        "overturns (0: all stand, 1: none does); and the mean first layer at which the final token has rank k or better, dotted "
+        "that from which it keeps it (0: at the embedding, L: only in the end).",
     ),
     "words": (
         "Kinds of words",
         _SHARE + "the mean first layer at which the first token of a word has rank k or better, by part of speech, of tokens that "
-        "the model predicts (0: at the embedding, L: only in the end).",
+        "the model predicts (0: at the embedding, L: only in the end; dotted: from which it keeps it).",
     ),
     "answers": (
         "Answers of several tokens",
         _SHARE + "the mean first layer at which a token of an answer has rank k or better, by its place and the answer's length, "
-        "of tokens that the model predicts (0: at the embedding, L: only in the end).",
+        "of tokens that the model predicts (0: at the embedding, L: only in the end; dotted: from which it keeps it).",
     ),
     "choices": (
         "Multiple choice",
@@ -73,6 +73,8 @@ _PROBES = {
         "the lens's divergence; and the loss where layers are dropped (0: certain and right, 1: a uniform guess).",
     ),
 }  # fmt: skip
+_OVER_DOCUMENTS = ("residual", "lens", "tokens", "tuned", "prunability")
+"""Probes whose `tokens` are all of the documents'."""
 _METRICS = {"cos": "cosine", "kl": "KL", "overlap": "overlap"}
 _IMAGES = {".svg": "image/svg+xml", ".png": "image/png"}
 
@@ -198,10 +200,9 @@ def _settings(
         "samples": "documents",
     }
     settings = {renamed.get(key, key): value for key, value in settings.items() if key != "kind"}
-    tokens = {
-        label: [int(probe["tokens"]) for probe in own.values() if _is_count(probe.get("tokens"))] for label, own in found.items()
-    }
-    settings["tokens"] = {label: f"{max(counts):,}" for label, counts in tokens.items() if counts}
+    tokens = {label: [own[p].get("tokens") for p in _OVER_DOCUMENTS if p in own] for label, own in found.items()}
+    known = {label: [count for count in counts if _is_count(count)] for label, counts in tokens.items()}
+    settings["tokens"] = {label: f"{max(counts):,}" for label, counts in known.items() if counts}
     settings["effective depth"] = "the first layer past a threshold" if result.get("reference") else None
     parts: dict[str, Mapping[str, Any]] = {
         "Where from": flat(manifest.get("given", {}), ": "),

@@ -108,6 +108,9 @@ def test_settings_and_versions(tmp_path: Path) -> None:
     assert "kind" not in told
     html = page(tmp_path / "b", make(tmp_path / "b", ["lens"], manifest=False))
     assert list(settings(html)) == ["tokens: tiny"]
+    result, found = make(tmp_path / "d", ["lens", "answers"])
+    found["tiny"]["answers"]["tokens"] = 99_999  # not of the documents
+    assert settings(page(tmp_path / "d", (result, found)))["tokens: tiny"] == "1,536"
     (tmp_path / "b" / "manifest.json").write_text("{")
     with pytest.raises(Refused, match="not valid JSON"):
         write_depth_page(tmp_path / "b", *make(tmp_path / "c", ["lens"]))
