@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from layerprune.figures import number
 from layerprune.model.files import read_json, write_text
@@ -180,7 +180,7 @@ def _counts(values: Mapping[str, Any]) -> list[str]:
     return [f"{values[key]:,} {key}" for key in ("documents", "positions", "items", "tokens") if _is_count(values.get(key))]
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
