@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import make_llama, make_prose
 
+from layerprune.depth import decided
 from layerprune.depth.answers import LINES, answers_probe, mark_answer, read_answers
 from layerprune.depth.decided import DecidedSum, Marked, decided_probe
 from layerprune.depth.tokens import RANKS
@@ -189,6 +190,23 @@ def test_answers_against_one_prefix_at_a_time(learnt: Decoder, max_tokens: int |
     assert found["groups"] == list(LINES) and found["left_out"] == left_out
     assert 0 < total.tokens < sum(found["marked"])
     assert_same(found, expected)
+
+
+def test_where_a_gpu_is_full_halves_give_the_same(learnt: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = answers_probe(learnt, make_tokenizer(), ITEMS).result()
+    real, rows = decided._one_batch, []
+
+    def full(layerwise: Any, batch: Any, *args: Any) -> DecidedSum:
+        rows.append(len(batch.rows))
+        if len(batch.rows) > 1:
+            raise torch.cuda.OutOfMemoryError
+        return real(layerwise, batch, *args)
+
+    monkeypatch.setattr(decided, "_one_batch", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    found = answers_probe(learnt, make_tokenizer(), ITEMS).result()
+    assert max(rows) > 3 and rows.count(1) == len(ITEMS) - whole["left_out"]
+    assert_same(found, whole)
 
 
 def test_after_a_wrong_token_the_next_gold_one_is_looked_at(learnt: Decoder) -> None:
