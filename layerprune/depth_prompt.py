@@ -9,7 +9,7 @@ from layerprune.model.errors import Refused, UsageError
 
 PROMPT, ANSWER = 24, 2
 """Tokens of a prompt and an answer that are taken from the data where the user gives none."""
-STEPS, MOST = 32, 2048
+STEPS, MOST = 32, 1024
 """Points of the path that a layer's gradients are taken at, to begin with and at most."""
 
 
