@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layerprune.depth_page import write_depth_page
 from layerprune.depth_probes import run_probes
 from layerprune.depth_subject import Ask, Subject, Wanted
 from layerprune.model.config import layer_count, load_config, pick_length
@@ -67,8 +68,8 @@ def probe_depth(
     default the start of the first document. lens: a trained lens for `tuned` (a folder of ours or of the tuned-lens library);
     train_lens: steps, to train one instead.
 
-    out: the folder, by default runs/<model>-depth; it gets <label>/<probe>.json, figures/ and depth.json. A killed call goes
-    on, probe by probe. Returns depth.json's content with `folder`. Raises UsageError and Refused.
+    out: the folder, by default runs/<model>-depth; it gets <label>/<probe>.json, figures/, depth.json and report.html. A killed
+    call goes on, probe by probe. Returns depth.json's content with `folder`. Raises UsageError and Refused.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
     chosen = _check_probes(probes, tasks)
@@ -105,7 +106,8 @@ def probe_depth(
         "device": pick_device(device),
         "choices": None if wanted is None else wanted.inputs(),
     }
-    with open_run(folder, inputs, {"models": [s.source.name for s in subjects]}) as opened:
+    told = {"models": [s.source.name for s in subjects], "data": {s.label: s.data for s in subjects}}
+    with open_run(folder, inputs, told) as opened:
         if opened.other_versions():
             say(opened.other_versions())
         found: dict[str, dict[str, Any]] = {}
@@ -118,6 +120,7 @@ def probe_depth(
             found[subject.label] = {p: opened.once(f"{subject.label}/{p}.json", dict) for p in chosen}
         result = _summary(subjects, found, reference)
         result["figures"] = _draw(folder, subjects, found)
+        write_depth_page(folder, result, found)
         opened.finish(result)
         (folder / "depth.json").unlink(missing_ok=True)
         return {**opened.once("depth.json", lambda: result), "folder": str(folder)}
@@ -270,7 +273,7 @@ def format_depth(result: Mapping[str, Any]) -> str:
     while not lines[-1]:
         lines.pop()
     pictures = ", ".join(name for name in result["figures"] if name.endswith(".png"))
-    return "\n".join([*lines, "", f"{result['folder']}: depth.json, a file for each probe, {pictures}"])
+    return "\n".join([*lines, "", f"{result['folder']}: report.html, depth.json, a file for each probe, {pictures}"])
 
 
 def _cell(metric: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import pytest
 from test_page import HOSTILE, Browser, assert_valid, browser  # noqa: F401 (a fixture)
 
 from layerprune.depth_page import write_depth_page
+from layerprune.depths import format_depth, probe_depth
 from layerprune.figures import look, new_figure, save
 from layerprune.model.errors import Refused
 from layerprune.model.files import write_json
@@ -163,6 +164,25 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
     first, second = make(tmp_path / "a", ["lens"]), make(tmp_path / "b", ["lens"])
     assert page(tmp_path / "a", first) == page(tmp_path / "b", second) == page(tmp_path / "a", first)
     assert not list((tmp_path / "a").glob(".*partial"))
+
+
+def test_probe_depth_leaves_the_page_and_says_so(tiny_llama: Path, documents_file: Path, tmp_path: Path) -> None:
+    def probe(*names: str) -> str:
+        result = probe_depth(
+            tiny_llama, probes=names, eval_data=str(documents_file), samples=6, length=20, seed=3, device="cpu", out=tmp_path / "a",
+            say=lambda line: None,
+        )  # fmt: skip
+        assert f"{tmp_path / 'a'}: report.html, depth.json, " in format_depth(result)
+        return (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+
+    html = probe("lens")
+    assert settings(html)["seed"] == "3" and f"<dd>{documents_file}</dd>" in html
+    assert re.findall(r'alt="[^"]*: ([^"]*)"', html) == ["lens"] and "<td>5</td><td>–</td>" in html
+    # the same folder again, with more probes: the page is of them all
+    html = probe("lens", "residual")
+    assert re.findall(r'alt="[^"]*: ([^"]*)"', html) == ["residual", "lens"] and "<td>5</td><td>–</td>" not in html
+    (tmp_path / "a" / "report.html").unlink()
+    assert probe("lens", "residual") == html
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
