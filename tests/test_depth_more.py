@@ -230,6 +230,7 @@ def test_a_token_across_the_border_is_the_answers(run_inputs: Path, model: Any) 
     assert len(tokenizer(" river")["input_ids"]) == 1 < len(tokenizer(" riv")["input_ids"])
     split = picked("the riv", "er")
     assert split.ids == tokenizer("the river")["input_ids"] and split.answer == 1
+    assert picked("the riv", "er goes").answer == 2 and picked("the river", " goes").answer == 1
     for prompt, answer, told in ((" riv", "er goes", "leaves no token before"), ("the river " * 80, "goes", "context of 128")):
         with pytest.raises(UsageError, match=told):
             picked(prompt, answer)
