@@ -133,6 +133,28 @@ def plot_skip(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> li
         return save(figure, Path(folder), "skip")
 
 
+def plot_tuned(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
+    """Draw tuned.json of one or several models: divergence and first choices, the logit lens dashed; returns the files."""
+    shown = {"kl_final": "KL(final || lens), nats", "top1": "first choice is the final one"}
+    with look():
+        figure = new_figure(7.4, 3.5)
+        panels = figure.subplots(1, 2)
+        for axes, (name, title) in zip(panels, shown.items(), strict=True):
+            for lens, dash in (("tuned", "-"), ("logit", "--")):
+                for number, (model, found) in enumerate(values.items()):
+                    line = found[lens][name]
+                    x = [i / max(1, len(line) - 1) if len(values) > 1 else i for i in range(len(line))]
+                    label = f"{lens} lens" if len(values) == 1 else f"{model}, {lens} lens"
+                    axes.plot(x, line, color=COLOURS[number % len(COLOURS)], ls=dash, lw=1.5, label=label)
+            axes.set_title(title)
+            lines = [found[lens][name] for found in values.values() for lens in ("tuned", "logit")]
+            axes.set_ylim(0, 1 if name == "top1" else _most(lines))
+            _layer_axis(axes, values)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        return save(figure, Path(folder), "tuned")
+
+
 def _nan(value: float | None) -> float:
     return float("nan") if value is None else value
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layerprune.depth_page import write_depth_page
+from layerprune.depth_probes import run_probes
+from layerprune.depth_subject import Ask, Subject, Wanted
 from layerprune.model.config import layer_count, load_config, pick_length
 from layerprune.model.data import check_data, data_fingerprint
-from layerprune.model.errors import Refused, UsageError
-from layerprune.model.fingerprint import checkpoint_fingerprint, folder_fingerprint, tokenizer_fingerprint
+from layerprune.model.errors import UsageError
+from layerprune.model.files import read_json
+from layerprune.model.fingerprint import checkpoint_fingerprint, tokenizer_fingerprint
 from layerprune.model.load import pick_device, pick_dtype
 from layerprune.model.recipes import EvalSettings
-from layerprune.model.source import ModelSource, find_model
-from layerprune.runfolder import RunFolder, open_run
+from layerprune.model.source import find_model
+from layerprune.runfolder import open_run
 from layerprune.stages import Say, to_stderr
 
 PROBES = {
@@ -22,22 +25,14 @@ PROBES = {
     "lens": "logit lens: divergence from the final prediction, and overlap of the top 5",
     "tokens": "first choices by frequency and their flips, and when a token is decided",
     "choices": "multiple choice in two stages: when options are listed, when one is chosen (with tasks only)",
-    "skip": "what skipping a layer does to later layers and to the output (about L / 2 passes, not by default)",
+    "skip": "what skipping a layer does to later layers and to the output (about 2.5 L passes over the data)",
+    "prunability": "angular distance, skip effect, lens and the loss of cuts on one axis (about 0.7 L passes over the data)",
+    "erasure": "until which layer each token of one prompt matters to its answer (half a pass for each layer and token)",
+    "gradients": "at which layer and token an answer's probability arises (16 L passes of one prompt and back, or more)",
+    "tuned": "a tuned lens beside the logit lens (with --lens or --train-lens only)",
 }
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 64, 512
-COUNTED = 2000
-"""Documents in which tokens are counted, at least: frequent ones are not known from a few."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One model to be probed. label: its folder's name, unlike those of the others."""
-
-    source: ModelSource
-    label: str
-    layers: int
-    data: str
-    length: int
+DEFAULT = ("residual", "lens", "tokens")
 
 
 def probe_depth(
@@ -51,6 +46,10 @@ def probe_depth(
     samples: int | None = None,
     length: int | None = None,
     reference: bool = False,
+    prompt: str | None = None,
+    answer: str | None = None,
+    lens: str | Path | None = None,
+    train_lens: int | None = None,
     seed: int = 0,
     dtype: str = "auto",
     device: str | None = None,
@@ -65,13 +64,17 @@ def probe_depth(
     tasks with letters as options, for the probe `choices`. eval_data: a file or `c4`, by default each model's recipe's, else
     C4's validation split. samples: documents (64), length: tokens that they are cut at (512, or
     the model's context where that is shorter). reference: effective depth by the first layer that passes a threshold, as the
-    paper's notebooks have it, instead of the first from which all pass.
+    paper's notebooks have it, instead of the first from which all pass. prompt, answer: for `erasure` and `gradients`; by
+    default the start of the first document. lens: a trained lens for `tuned` (a folder of ours or of the tuned-lens library);
+    train_lens: steps, to train one instead.
 
-    out: the folder, by default runs/<model>-depth; it gets <label>/<probe>.json, figures/ and depth.json. A killed call goes
-    on, probe by probe. Returns depth.json's content with `folder`. Raises UsageError and Refused.
+    out: the folder, by default runs/<model>-depth; it gets <label>/<probe>.json, figures/, depth.json and report.html. A killed
+    call goes on, probe by probe. Returns depth.json's content with `folder`. Raises UsageError and Refused.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
     chosen = _check_probes(probes, tasks)
+    _check_texts(chosen, prompt, answer)
+    folder_of_lens = _check_lens(chosen, lens, train_lens, len(given))
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} is not a number above 0")
     if task_folder is not None and not Path(task_folder).is_dir():
@@ -84,6 +87,12 @@ def probe_depth(
     for data in dict.fromkeys(subject.data for subject in subjects):
         check_data(data, "--eval-data", "validation", seed)
     count = samples or DEFAULT_SAMPLES
+    ask = Ask(
+        count, seed, dtype, device, trust_remote_code, progress, say, wanted, prompt, answer, folder_of_lens, train_lens
+    )  # fmt: skip
+    if train_lens is not None:
+        for data in dict.fromkeys(subject.lens_data for subject in subjects):
+            check_data(data, "--train-lens", "train", seed)
     folder = Path(out) if out is not None else Path("runs") / f"{subjects[0].source.label}-depth"
     inputs = {
         "kind": "depth",
@@ -97,38 +106,28 @@ def probe_depth(
         "device": pick_device(device),
         "choices": None if wanted is None else wanted.inputs(),
     }
-    with open_run(folder, inputs, {"models": [s.source.name for s in subjects]}) as opened:
+    told = {"models": [s.source.name for s in subjects], "data": {s.label: s.data for s in subjects}}
+    with open_run(folder, inputs, told) as opened:
         if opened.other_versions():
             say(opened.other_versions())
         found: dict[str, dict[str, Any]] = {}
         for subject in subjects:
+            for probe in chosen:
+                _same_settings(folder / subject.label / f"{probe}.json", ask.settings(probe, subject))
             missing = [p for p in chosen if not (folder / subject.label / f"{p}.json").exists()]
             if missing:
-                _probe(opened, subject, missing, count, seed, dtype, device, trust_remote_code, progress, say, wanted)
+                run_probes(opened, subject, missing, ask)
             found[subject.label] = {p: opened.once(f"{subject.label}/{p}.json", dict) for p in chosen}
         result = _summary(subjects, found, reference)
         result["figures"] = _draw(folder, subjects, found)
+        write_depth_page(folder, result, found)
         opened.finish(result)
         (folder / "depth.json").unlink(missing_ok=True)
         return {**opened.once("depth.json", lambda: result), "folder": str(folder)}
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """The tasks of the probe `choices`."""
-
-    tasks: tuple[str, ...]
-    limit: int | None
-    folder: str | Path | None
-
-    def inputs(self) -> dict[str, Any]:
-        """What decides their items."""
-        folder = None if self.folder is None else folder_fingerprint(Path(self.folder))
-        return {"tasks": list(self.tasks), "limit": self.limit, "task_folder": folder}
-
-
 def _check_probes(probes: Sequence[str] | None, tasks: Sequence[str] | None) -> list[str]:
-    default = [p for p in PROBES if p != "skip" and (p != "choices" or tasks)]
+    default = [*DEFAULT, *(["choices"] if tasks else [])]
     chosen = default if probes is None else list(dict.fromkeys(probes))
     if "choices" in chosen and not tasks:
         raise UsageError("--probe choices looks at the options of tasks: give --tasks, such as mmlu")
@@ -136,6 +135,51 @@ def _check_probes(probes: Sequence[str] | None, tasks: Sequence[str] | None) -> 
     if odd or not chosen:
         raise UsageError(f"--probe {odd[0] if odd else ''!r} is none of {', '.join(PROBES)}")
     return [p for p in PROBES if p in chosen]
+
+
+def _check_texts(chosen: Sequence[str], prompt: str | None, answer: str | None) -> None:
+    if (prompt is None) != (answer is None):
+        there, missing = ("--answer", "--prompt") if prompt is None else ("--prompt", "--answer")
+        raise UsageError(f"{there} is given without {missing}: give both, or none for the start of the first document")
+    for option, value in (("--prompt", prompt), ("--answer", answer)):
+        if value is not None and not value.strip():
+            raise UsageError(f"{option} {value!r} is empty")
+    if prompt is not None and not {"erasure", "gradients"} & set(chosen):
+        raise UsageError("--prompt is for the probes erasure and gradients: add --probe erasure,gradients")
+
+
+def _check_lens(chosen: Sequence[str], lens: str | Path | None, steps: int | None, models: int) -> Path | None:
+    """The folder of --lens, which is read once, so that a broken lens is refused before a model is loaded."""
+    if "tuned" not in chosen:
+        if lens is not None or steps is not None:
+            raise UsageError(f"--{'lens' if lens is not None else 'train-lens'} is for the probe tuned: add --probe tuned")
+        return None
+    if (lens is None) == (steps is None):
+        raise UsageError("--probe tuned needs a lens: give either --lens DIR or --train-lens STEPS")
+    if steps is not None:
+        if steps < 1:
+            raise UsageError(f"--train-lens {steps} is not a number of steps above 0")
+        return None
+    if models > 1:
+        raise UsageError(f"--lens is of one model, and {models} are given: give one --model, or --train-lens STEPS")
+    from layerprune.depth.tuned_file import load_lens
+    from layerprune.depth_lens import lens_folder
+
+    assert lens is not None
+    folder = lens_folder(lens)
+    load_lens(folder)
+    return folder
+
+
+def _same_settings(path: Path, asked: Mapping[str, Any] | None) -> None:
+    """Raise UsageError where a probe's result is there and was made with other settings of its own."""
+    if asked is None or not path.exists():
+        return
+    before = read_json(path).get("asked", {})
+    changed = [f"{key} was {before.get(key)!r}, now {asked[key]!r}" for key in asked if before.get(key) != asked[key]]
+    if changed:
+        told = "; ".join(changed)
+        raise UsageError(f"{path} was made with other settings ({told}): choose another --out or remove that file first")
 
 
 def _subjects(given: Sequence[str | Path], data: str | None, length: int | None, trust: bool) -> list[Subject]:
@@ -154,106 +198,6 @@ def _subjects(given: Sequence[str | Path], data: str | None, length: int | None,
     return found
 
 
-def _probe(
-    opened: RunFolder, subject: Subject, probes: Sequence[str], samples: int, seed: int, dtype: str, device: str | None,
-    trust: bool, progress: bool, say: Say, wanted: Wanted | None,
-) -> None:  # fmt: skip
-    """Load one model, run its probes, store each when it is done."""
-    from layerprune.depth.lens import lens_probe
-    from layerprune.depth.residual import residual_probe
-    from layerprune.depth.tokens import count_buckets, tokens_probe
-    from layerprune.model.config import vocab_size
-    from layerprune.model.data import read_documents, tokenise
-    from layerprune.model.decoder import view_decoder
-    from layerprune.model.load import load_model, load_tokenizer
-    from layerprune.model.progress import progress_bar
-    from layerprune.model.tree import exact_branches
-
-    folder = subject.source.folder
-    tokenizer = load_tokenizer(folder, trust)
-    vocab = vocab_size(load_config(folder, trust))
-    documents = read_documents(subject.data, "validation", samples, seed)
-    sequences = tokenise(tokenizer, documents, subject.length, at_least=2, vocab=vocab, progress=progress)
-    decoder = view_decoder(load_model(folder, device=device, dtype=dtype, trust_remote_code=trust, progress=progress))
-
-    def counted() -> Any:
-        more = read_documents(subject.data, "validation", max(samples, COUNTED), seed)
-        rows = decoder.model.get_input_embeddings().weight.shape[0]
-        return count_buckets(tokenise(tokenizer, more, subject.length, progress=progress), rows)
-
-    runs: dict[str, Callable[[Callable[[int], None]], Any]] = {
-        "residual": lambda told: residual_probe(decoder, sequences, progress=told),
-        "lens": lambda told: lens_probe(decoder, sequences, progress=told),
-        "tokens": lambda told: tokens_probe(decoder, sequences, counted(), progress=told),
-    }
-    say(f"{subject.source.name}: {len(decoder)} layers, {len(sequences)} documents, {sum(map(len, sequences)):,} tokens")
-    for probe in probes:
-        if probe != "residual" and not exact_branches(decoder, [tuple(range(len(decoder)))], vocab)[0]:
-            raise Refused(
-                f"--probe {probe} cannot be used on this {type(decoder.model).__name__}: run layer by layer it gives other logits "
-                "than by itself; leave that probe out"
-            )
-        if probe == "skip":
-            with opened.phase(f"{subject.label}: {probe}"):
-                effects = _skips(decoder, sequences, progress)
-                opened.once(f"{subject.label}/{probe}.json", effects.copy)
-            continue
-        if probe == "choices":
-            assert wanted is not None
-            with opened.phase(f"{subject.label}: {probe}"):
-                by_task = _choices(decoder, tokenizer, wanted, subject, seed, progress)
-                opened.once(f"{subject.label}/{probe}.json", by_task.copy)
-            continue
-        with opened.phase(f"{subject.label}: {probe}"), progress_bar(len(sequences), probe, "doc", progress) as bar:
-            total = runs[probe](bar.update)
-            measured = {**total.result(), "tokens": _tokens(total)}
-            opened.once(f"{subject.label}/{probe}.json", measured.copy)
-
-
-def _choices(
-    decoder: Any, tokenizer: Any, wanted: Wanted, subject: Subject, seed: int, progress: bool
-) -> dict[str, Any]:
-    """The probe of every task, by task."""
-    from layerprune.choice_items import choice_items
-    from layerprune.depth.choices import choices_probe
-    from layerprune.eval.evaluate import parse_tasks
-    from layerprune.model.progress import progress_bar
-
-    recipe = subject.source.recipe
-    folder = wanted.folder or (recipe.tasks_path if recipe else None)
-    asked = parse_tasks(list(wanted.tasks), None, recipe)
-    items = choice_items(decoder.model, tokenizer, asked, None if folder is None else str(folder), wanted.limit, seed)
-    found = {}
-    for task, own in items.items():
-        with progress_bar(len(own), f"choices: {task}", "item", progress) as bar:
-            found[task] = choices_probe(decoder, own, progress=bar.update).result()
-    return found
-
-
-def _skips(decoder: Any, sequences: list[list[int]], progress: bool) -> dict[str, Any]:
-    """Both variants: skipped at all tokens but the first, and only at those before the ones that are measured."""
-    from layerprune.depth.skip import VARIANTS, skip_effects
-    from layerprune.model.progress import progress_bar
-
-    found: dict[str, Any] = {}
-    for variant in VARIANTS:
-        with progress_bar(len(sequences), f"skip: {variant}", "doc", progress) as bar:
-            total = skip_effects(decoder, sequences, variant=variant, progress=bar.update)
-        found[variant] = {}
-        for aggregate in ("mean", "max"):
-            effects = total.result(aggregate)
-            rows = [[None if v != v else v for v in row] for row in effects.contribution_SL.tolist()]
-            found[variant][aggregate] = {"contribution": rows, "output": effects.output_S.tolist(), "score": effects.score}
-        counted = {"documents": effects.documents, "positions": effects.positions, "tokens": effects.tokens}
-        found[variant] |= {**counted, "applications": effects.applications, "naive": effects.naive}
-    return found
-
-
-def _tokens(total: Any) -> int:
-    tokens = total.tokens_L.max().item() if hasattr(total, "tokens_L") else total.tokens
-    return int(tokens)
-
-
 def _summary(subjects: Sequence[Subject], found: Mapping[str, Mapping[str, Any]], reference: bool) -> dict[str, Any]:
     from layerprune.depth.effective import effective_depth
 
@@ -266,15 +210,46 @@ def _summary(subjects: Sequence[Subject], found: Mapping[str, Mapping[str, Any]]
             "model": subject.source.name,
             "layers": subject.layers,
             "effective_depth": effective_depth(probes["residual"], probes["lens"], reference) if both else None,
+            "notes": _notes(probes),
         })  # fmt: skip
     return {"models": models, "probes": list(next(iter(found.values()))), "reference": reference}
 
 
+def _notes(probes: Mapping[str, Any]) -> list[str]:
+    """A sentence each on what is not to be seen in a table: the prompt, the completeness, the lenses."""
+    notes = []
+    prompt = probes.get("erasure") or probes.get("gradients")
+    if prompt and prompt["from_data"]:
+        cut = len(prompt["tokens"]) - prompt["answer_tokens"]
+        notes.append(
+            f"no --prompt was given: the prompt is the first {cut} tokens of a document, the answer what follows there, "
+            f"{''.join(prompt['tokens'][cut:])!r}"
+        )
+    if "gradients" in probes:
+        own = probes["gradients"]
+        notes.append(
+            f"gradients: probability of the answer's tokens, summed, {own['probability']:.3g}; sums miss the change by at most "
+            f"{own['worst']:.2g} ({min(own['points'])} to {max(own['points'])} points; {100 * own['tolerance']:g} % is let pass)"
+        )
+    if "tuned" in probes:
+        own = probes["tuned"]
+        kl, top1 = ([sum(own[lens][name]) / len(own[lens][name]) for lens in ("tuned", "logit")] for name in ("kl_final", "top1"))
+        notes.append(
+            f"tuned lens: mean over layers of KL(final || lens) {kl[0]:.3f} nats against {kl[1]:.3f} by the logit lens; "
+            f"first choice right {100 * top1[0]:.1f} % against {100 * top1[1]:.1f} %"
+        )
+    return notes
+
+
 def _draw(folder: Path, subjects: Sequence[Subject], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    from layerprune.depth_plots import plot_choices, plot_lens, plot_residual, plot_skip, plot_tokens
+    from layerprune import depth_maps, depth_plots
 
     written: list[Path] = []
-    draws = {"residual": plot_residual, "lens": plot_lens, "tokens": plot_tokens, "choices": plot_choices, "skip": plot_skip}
+    draws = {
+        "residual": depth_plots.plot_residual, "lens": depth_plots.plot_lens, "tokens": depth_plots.plot_tokens,
+        "choices": depth_plots.plot_choices, "skip": depth_plots.plot_skip, "prunability": depth_maps.plot_prunability,
+        "erasure": depth_maps.plot_erasure, "gradients": depth_maps.plot_gradients, "tuned": depth_plots.plot_tuned,
+    }  # fmt: skip
     for name, draw in draws.items():
         have = {label: probes[name] for label, probes in found.items() if name in probes}
         if have:
@@ -294,8 +269,11 @@ def format_depth(result: Mapping[str, Any]) -> str:
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    lines += ["", *(f"{model['label']}: {note}" for model in result["models"] for note in model["notes"])]
+    while not lines[-1]:
+        lines.pop()
     pictures = ", ".join(name for name in result["figures"] if name.endswith(".png"))
-    return "\n".join([*lines, "", f"{result['folder']}: depth.json, a file for each probe, {pictures}"])
+    return "\n".join([*lines, "", f"{result['folder']}: report.html, depth.json, a file for each probe, {pictures}"])
 
 
 def _cell(metric: Mapping[str, Any]) -> str:

@@ -44,7 +44,10 @@ FLAGS = {
     | {"--batch-size", "--micro-batch", "--memory", "--targets", "--adapters", "--distil", "--bridge", "--teacher"}
     | {"--packing", "--validation", "--merge", "--nf4-copy", "--report-to"},
     "eval": COMMON | DATA | TASKS | MEMORY | {"--eval-data", "--no-loss"},
-    "depth": COMMON | DATA | {"--probe", "--reference", "--eval-data", "--tasks", "--limit", "--task-folder"},
+    "depth": COMMON
+    | DATA
+    | {"--probe", "--reference", "--eval-data", "--tasks", "--limit", "--task-folder"}
+    | {"--prompt", "--answer", "--lens", "--train-lens"},
     "recipes": {"--json", "-h", "--help"},
     "check": {"--drop", "--device", "--memory", "--ram", "--json", "-h", "--help"},
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from layerprune.depth import gradients
-from layerprune.depth.gradients import integrated_gradients
+from layerprune.depth.gradients import _in_pieces, integrated_gradients
 from layerprune.model.decoder import Decoder, hidden_of, view_decoder
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.load import load_model
@@ -223,3 +223,39 @@ def test_what_cannot_be_measured_is_refused(decoder: Decoder, own_llama: Path) -
         live.model.embed_tokens.weight[33] = torch.nan
     with pytest.raises(Refused, match="gradients at the output of layer 0 are not numbers"):
         integrated_gradients(view_decoder(live), IDS, 2, steps=2)
+
+
+def test_pieces_are_halved_until_they_add_up(decoder: Decoder) -> None:
+    fine = integrated_gradients(decoder, IDS, 3, target="mean-log", steps=512, block=64)
+    asked: dict[str, Any] = {"target": "mean-log", "rule": "adaptive", "steps": 2, "tolerance": 1e-4}
+    found = integrated_gradients(decoder, IDS, 3, **asked)
+    assert found.complete_L.all() and bool((found.points_L > 2).any())
+    assert (found.map_LT - fine.map_LT).abs().max() < 5e-3 * fine.map_LT.abs().max()
+    assert torch.allclose(found.change_L, fine.change_L, atol=1e-5) and found.whole == pytest.approx(fine.whole, abs=1e-5)
+    passes_L = found.points_L + 3  # and the three ends of two pieces
+    assert found.applications == 5 + int((passes_L * torch.tensor([4, 3, 2, 1, 0])).sum())
+    stopped = integrated_gradients(decoder, IDS, 3, **{**asked, "tolerance": 1e-9, "most": 7})
+    assert stopped.points_L.max() <= 7 and not stopped.complete_L.all()
+
+
+def test_a_spike_on_the_path_takes_few_points() -> None:
+    """arctan((r - 0.3) / w) turns within w: pieces find it, as many even points do not."""
+
+    class Spiked:
+        points = 0
+        width = 1e-4
+
+        def values(self, r_S: torch.Tensor) -> torch.Tensor:
+            return torch.arctan((r_S - 0.3) / self.width)
+
+        def gradients(self, r_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            self.points += len(r_S)
+            slope_S = self.width / (self.width**2 + (r_S - 0.3) ** 2)
+            return torch.stack([slope_S, torch.zeros_like(slope_S)], dim=1), self.values(r_S)
+
+    path: Any = Spiked()
+    found_T, ends_2 = _in_pieces(path, 8, 2048, 1e-3)
+    truth = float(ends_2[1] - ends_2[0])
+    assert found_T[0] == pytest.approx(truth, abs=1e-3 * 1.6) and found_T[1] == 0 and path.points < 600
+    even_S = (torch.arange(path.points, dtype=torch.float64) + 0.5) / path.points
+    assert abs(float(path.gradients(even_S)[0][:, 0].mean()) - truth) > 0.1

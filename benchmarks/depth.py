@@ -1,0 +1,164 @@
+"""What the depth probes find in several models, and what they cost against a bare forward pass over the same tokens.
+
+    python benchmarks/depth.py demo english-32l=english-valid.jsonl --samples 64 --length 128 --out benchmarks/depth.json
+    python benchmarks/depth.py llama-2-7b --device cuda --length 512 --rounds 5 --no-values --out depth_gpu.json
+
+A model is a recipe, a Hub id or a folder; after `=` its data, else the recipe's. `values` are those of `layerprune depth`.
+Bare pass, `residual` and `lens` run in turns on the same batches; the bare pass includes the head. The skip map is counted,
+not timed: layers run, one layer on one document each, against the whole model once for every skip and position.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import write_record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL[=DATA]")
+    parser.add_argument("--samples", type=int, default=64, help="documents")
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tasks", help="for the probe `choices`, of recipes that have task files")
+    parser.add_argument("--limit", type=int, help="items a task")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--skip-samples", type=int, default=8, help="documents of the skip map")
+    parser.add_argument("--no-values", action="store_true", help="costs only")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--out")
+    given = parser.parse_args()
+    found: dict[str, Any] = {}
+    for text in given.models:
+        name, _, data = text.partition("=")
+        label = Path(name).name
+        found[label] = costs(name, data or None, given)
+        if not given.no_values:
+            found[label]["values"] = values(name, data or None, given)
+    shape = {"samples": given.samples, "length": given.length, "dtype": given.dtype, "rounds": given.rounds}
+    write_record(given.out, given.device, shape, {"models": found})
+
+
+def values(name: str, data: str | None, given: argparse.Namespace) -> dict[str, Any]:
+    """The result of each cheap probe, to five decimals, and effective depth."""
+    from layerprune.depths import probe_depth
+    from layerprune.model.files import read_json
+    from layerprune.model.source import find_model
+
+    recipe = find_model(name).recipe
+    tasks = given.tasks.split(",") if given.tasks and recipe and recipe.task_folder else None
+    with tempfile.TemporaryDirectory() as folder:
+        result = probe_depth(
+            name,
+            tasks=tasks,
+            limit=given.limit if tasks else None,
+            eval_data=data,
+            samples=given.samples,
+            length=given.length,
+            seed=given.seed,
+            dtype=given.dtype,
+            device=given.device,
+            out=Path(folder) / "out",
+        )
+        (model,) = result["models"]
+        files = {probe: Path(folder) / "out" / model["label"] / f"{probe}.json" for probe in result["probes"]}
+        return {
+            "effective_depth": model["effective_depth"],
+            **{probe: rounded(read_json(file)) for probe, file in files.items()},
+        }
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def costs(name: str, data: str | None, given: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and ratios of `residual` and `lens`, and the layer applications of the skip map."""
+    from layerprune.depth.lens import lens_probe, token_budget
+    from layerprune.depth.residual import residual_probe
+    from layerprune.depth.skip import VARIANTS, skip_effects
+    from layerprune.model.data import batches, read_documents, tokenise
+    from layerprune.model.decoder import view_decoder
+    from layerprune.model.load import load_model, load_tokenizer
+    from layerprune.model.source import find_model
+
+    source = find_model(name)
+    own = data or (source.recipe.data_path(source.recipe.eval.data) if source.recipe else "c4")
+    documents = read_documents(own, "validation", given.samples, given.seed)
+    sequences = tokenise(load_tokenizer(source.folder), documents, given.length, at_least=2)
+    decoder = view_decoder(load_model(source.folder, device=given.device, dtype=given.dtype))
+    budget = token_budget(decoder)
+    together = batches(sequences, budget)
+
+    @torch.no_grad()
+    def bare() -> None:
+        for batch in together:
+            mask = None if batch.mask_BT is None else batch.mask_BT.to(decoder.device)
+            decoder.model(input_ids=batch.ids_BT.to(decoder.device), attention_mask=mask, use_cache=False)
+
+    works: dict[str, Callable[[], Any]] = {
+        "bare": bare,
+        "residual": lambda: residual_probe(decoder, sequences, max_tokens=budget),
+        "lens": lambda: lens_probe(decoder, sequences, max_tokens=budget),
+    }
+    cuda = given.device.startswith("cuda")
+    for work in works.values():  # warm-up
+        timed(work, cuda)
+    rounds = [{probe: timed(work, cuda) for probe, work in works.items()} for _ in range(given.rounds)]
+    result: dict[str, Any] = {
+        "layers": len(decoder),
+        "hidden": decoder.model.get_input_embeddings().weight.shape[1],
+        "vocab": decoder.model.get_input_embeddings().weight.shape[0],
+        "documents": len(sequences),
+        "tokens": sum(map(len, sequences)),
+    }
+    for probe in works:
+        ratios = [one[probe][0] / one["bare"][0] for one in rounds]
+        result[probe] = {"seconds": statistics.median(one[probe][0] for one in rounds)}
+        if probe != "bare":
+            result[probe] |= {
+                "ratio": statistics.median(ratios),
+                "ratios": [round(ratio, 3) for ratio in ratios],
+            }
+        if cuda:
+            result[probe]["peak_bytes"] = max(one[probe][1] for one in rounds)
+    result["skip"] = {}
+    for variant in VARIANTS:
+        effects = skip_effects(decoder, sequences[: given.skip_samples], variant=variant).result()
+        result["skip"][variant] = {
+            "documents": effects.documents,
+            "positions": effects.positions,
+            "applications": effects.applications,
+            "naive": effects.naive,
+            "times_fewer": effects.naive / effects.applications,
+        }
+    return result
+
+
+def timed(work: Callable[[], Any], cuda: bool) -> tuple[float, int]:
+    """Seconds, and the peak of GPU memory in bytes."""
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    work()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated() if cuda else 0
+
+
+if __name__ == "__main__":
+    main()
