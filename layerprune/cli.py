@@ -334,7 +334,8 @@ def evaluate(tasks: str | None, eval_data: str | None, no_loss: bool, out: str |
 @click.option("--model", "models", required=True, multiple=True, metavar="M", help="Recipe name, Hub id or folder; repeatable.")
 @click.option(
     "--probe", "probes", metavar="A,B",
-    help="residual, lens, tokens, choices, skip, prunability, erasure, gradients, tuned  [the first three; choices with --tasks].",
+    help="residual, lens, tokens, choices, skip, prunability, erasure, gradients, words, answers, tuned  [the first three; choices "
+    "with --tasks].",
 )  # fmt: skip
 @click.option("--reference", is_flag=True, help="Effective depth by the first layer past a threshold, as the paper's code has it.")
 @click.option("--tasks", metavar="A,B", help="lm-eval tasks with letters as options, for the probe `choices`; `name:5` as in eval.")
@@ -342,6 +343,7 @@ def evaluate(tasks: str | None, eval_data: str | None, no_loss: bool, out: str |
 @click.option("--answer", metavar="TEXT", help="Its gold answer, as it goes on after the prompt: with a blank before a word.")
 @click.option("--lens", metavar="DIR", help="A trained lens for `tuned`: a folder of ours, or of the tuned-lens library.")
 @click.option("--train-lens", type=int, metavar="STEPS", help="Train one instead, on the recipe's healing data or other documents.")
+@click.option("--answers", metavar="FILE", help="Items for `answers`: JSON lines with `prompt` and `answer`.")
 @_options(_limit, _task_folder, _eval_data)
 @click.option("--samples", type=int, metavar="N", help="Documents read from the data  [64].")
 @click.option("--length", type=int, metavar="T", help="Tokens a document is cut at  [512, or the model's context if shorter].")

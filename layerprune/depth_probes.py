@@ -25,6 +25,7 @@ def run_probes(opened: RunFolder, subject: Subject, probes: Sequence[str], ask: 
     runs: dict[str, Callable[[Loaded], dict[str, Any]]] = {
         "residual": _residual, "lens": lens_values, "tokens": _by_frequency, "choices": _choices, "skip": _skip,
         "prunability": prunability, "erasure": erasure, "gradients": gradients, "tuned": tuned,
+        "words": _words, "answers": _answers,
     }  # fmt: skip
     loaded = _load(opened, subject, probes, ask)
     decoder, sequences = loaded.decoder, loaded.sequences
@@ -96,6 +97,30 @@ def _over_documents(loaded: Loaded, name: str, probe: Callable[..., Any]) -> dic
         total = probe(loaded.decoder, loaded.sequences, progress=bar.update)
     tokens = total.tokens_L.max().item() if hasattr(total, "tokens_L") else total.tokens
     return {**total.result(), "tokens": int(tokens)}
+
+
+def _words(loaded: Loaded) -> dict[str, Any]:
+    from layerprune.depth.words import words_probe
+    from layerprune.model.progress import progress_bar
+
+    assert loaded.ask.tagger is not None
+    with progress_bar(len(loaded.documents), "words", "doc", loaded.ask.progress) as bar:
+        total = words_probe(
+            loaded.decoder, loaded.tokenizer, loaded.documents, loaded.ask.tagger, length=loaded.subject.length, progress=bar.update
+        )
+    return {**total.result(), "tokens": total.tokens}
+
+
+def _answers(loaded: Loaded) -> dict[str, Any]:
+    from layerprune.depth.answers import answers_probe, read_answers
+    from layerprune.model.config import pick_length
+    from layerprune.model.progress import progress_bar
+
+    assert loaded.ask.answers is not None
+    items, longest = read_answers(loaded.ask.answers), pick_length(None, loaded.decoder.model.config)
+    with progress_bar(len(items), "answers", "item", loaded.ask.progress) as bar:
+        total = answers_probe(loaded.decoder, loaded.tokenizer, items, length=longest, progress=bar.update)
+    return {**total.result(), "items": len(items), "tokens": total.tokens}
 
 
 def _choices(loaded: Loaded) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Wanted:
 @dataclass(frozen=True)
 class Ask:
     """What one call asks for, of every model. tasks: for `choices`; prompt, answer: for `erasure` and `gradients`, None for
-    some of the data; lens (a folder), lens_steps: for `tuned`, one of the two."""
+    some of the data; lens (a folder), lens_steps: for `tuned`, one of the two; answers (a file), tagger: for `answers`, `words`."""
 
     samples: int
     seed: int
@@ -61,11 +62,15 @@ class Ask:
     answer: str | None = None
     lens: Path | None = None
     lens_steps: int | None = None
+    answers: Path | None = None
+    tagger: Callable[[str], Any] | None = None
 
     def settings(self, probe: str, subject: Subject) -> dict[str, Any] | None:
         """What decides the result of one probe beside the folder's inputs; it is stored with the result as `asked`."""
         if probe in ("erasure", "gradients"):
             return {"prompt": self.prompt, "answer": self.answer}
+        if probe == "answers":
+            return {"items": data_fingerprint(str(self.answers))}
         if probe == "tuned" and self.lens is not None:
             return {"lens": folder_fingerprint(self.lens), "steps": None, "data": None}
         if probe == "tuned":

@@ -29,6 +29,8 @@ PROBES = {
     "prunability": "angular distance, skip effect, lens and the loss of cuts on one axis (about 0.7 L passes over the data)",
     "erasure": "until which layer each token of one prompt matters to its answer (half a pass for each layer and token)",
     "gradients": "at which layer and token an answer's probability arises (16 L passes of one prompt and back, or more)",
+    "words": "when words are decided, by part of speech (needs spaCy: the extra `words`)",
+    "answers": "when each token of short answers is decided, by its place (with --answers only)",
     "tuned": "a tuned lens beside the logit lens (with --lens or --train-lens only)",
 }
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 64, 512
@@ -50,6 +52,7 @@ def probe_depth(
     answer: str | None = None,
     lens: str | Path | None = None,
     train_lens: int | None = None,
+    answers: str | Path | None = None,
     seed: int = 0,
     dtype: str = "auto",
     device: str | None = None,
@@ -66,7 +69,7 @@ def probe_depth(
     the model's context where that is shorter). reference: effective depth by the first layer that passes a threshold, as the
     paper's notebooks have it, instead of the first from which all pass. prompt, answer: for `erasure` and `gradients`; by
     default the start of the first document. lens: a trained lens for `tuned` (a folder of ours or of the tuned-lens library);
-    train_lens: steps, to train one instead.
+    train_lens: steps, to train one instead. answers: a file for `answers`, JSON lines with `prompt` and `answer`.
 
     out: the folder, by default runs/<model>-depth; it gets <label>/<probe>.json, figures/, depth.json and report.html. A killed
     call goes on, probe by probe. Returns depth.json's content with `folder`. Raises UsageError and Refused.
@@ -74,6 +77,7 @@ def probe_depth(
     given = [models] if isinstance(models, str | Path) else list(models)
     chosen = _check_probes(probes, tasks)
     _check_texts(chosen, prompt, answer)
+    items, tagger = _check_words(chosen, answers)
     folder_of_lens = _check_lens(chosen, lens, train_lens, len(given))
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} is not a number above 0")
@@ -88,7 +92,8 @@ def probe_depth(
         check_data(data, "--eval-data", "validation", seed)
     count = samples or DEFAULT_SAMPLES
     ask = Ask(
-        count, seed, dtype, device, trust_remote_code, progress, say, wanted, prompt, answer, folder_of_lens, train_lens
+        count, seed, dtype, device, trust_remote_code, progress, say, wanted, prompt, answer, folder_of_lens, train_lens,
+        items, tagger,
     )  # fmt: skip
     if train_lens is not None:
         for data in dict.fromkeys(subject.lens_data for subject in subjects):
@@ -171,6 +176,23 @@ def _check_lens(chosen: Sequence[str], lens: str | Path | None, steps: int | Non
     return folder
 
 
+def _check_words(chosen: Sequence[str], answers: str | Path | None) -> tuple[Path | None, Any]:
+    """The file of --answers and the tagger, each where its probe is chosen: both are tried before a model is loaded."""
+    if ("answers" in chosen) != (answers is not None):
+        missing = "--probe answers" if answers is not None else "--answers FILE"
+        raise UsageError(f"--probe answers and --answers FILE (JSON lines with `prompt` and `answer`) go together: add {missing}")
+    tagger = None
+    if answers is not None:
+        from layerprune.depth.answers import read_answers
+
+        read_answers(answers)
+    if "words" in chosen:
+        from layerprune.depth.words import spacy_tagger
+
+        tagger = spacy_tagger()
+    return None if answers is None else Path(answers), tagger
+
+
 def _same_settings(path: Path, asked: Mapping[str, Any] | None) -> None:
     """Raise UsageError where a probe's result is there and was made with other settings of its own."""
     if asked is None or not path.exists():
@@ -242,13 +264,14 @@ def _notes(probes: Mapping[str, Any]) -> list[str]:
 
 
 def _draw(folder: Path, subjects: Sequence[Subject], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    from layerprune import depth_maps, depth_plots
+    from layerprune import depth_maps, depth_plots, depth_word_plots
 
     written: list[Path] = []
     draws = {
         "residual": depth_plots.plot_residual, "lens": depth_plots.plot_lens, "tokens": depth_plots.plot_tokens,
         "choices": depth_plots.plot_choices, "skip": depth_plots.plot_skip, "prunability": depth_maps.plot_prunability,
         "erasure": depth_maps.plot_erasure, "gradients": depth_maps.plot_gradients, "tuned": depth_plots.plot_tuned,
+        "words": depth_word_plots.plot_words, "answers": depth_word_plots.plot_answers,
     }  # fmt: skip
     for name, draw in draws.items():
         have = {label: probes[name] for label, probes in found.items() if name in probes}

@@ -47,7 +47,7 @@ FLAGS = {
     "depth": COMMON
     | DATA
     | {"--probe", "--reference", "--eval-data", "--tasks", "--limit", "--task-folder"}
-    | {"--prompt", "--answer", "--lens", "--train-lens"},
+    | {"--prompt", "--answer", "--lens", "--train-lens", "--answers"},
     "recipes": {"--json", "-h", "--help"},
     "check": {"--drop", "--device", "--memory", "--ram", "--json", "-h", "--help"},
 }

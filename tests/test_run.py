@@ -58,13 +58,13 @@ TIMINGS = {"seconds", "speed", "tokens_per_second", "done", "losses_seconds", "t
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """Everything that a run leaves, timings aside."""
+    """Everything that a run leaves, timings aside; between its ends the held-out curve has the points that time allowed."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.suffix == ".json" and path.is_file():
             found[name] = without_timings(json.loads(path.read_text().replace(str(folder), "FOLDER")))
-        elif path.suffix in (".safetensors", ".svg"):
+        elif path.suffix in (".safetensors", ".svg") and name != "figures/healing.svg":
             found[name] = path.read_bytes()
         else:
             found[name] = None
@@ -73,7 +73,8 @@ def results(folder: Path) -> dict[str, Any]:
 
 def without_timings(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: without_timings(v) for k, v in value.items() if k not in TIMINGS}
+        ends = {k: v[:1] + v[-1:] for k, v in value.items() if k == "held_out" and isinstance(v, list)}
+        return {k: without_timings(v) for k, v in {**value, **ends}.items() if k not in TIMINGS}
     return [without_timings(v) for v in value] if isinstance(value, list) else value
 
 
