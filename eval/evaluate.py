@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -194,12 +195,12 @@ def evaluate_checkpoint(
     ready = load_tasks(asked, folder, seed) if asked else None
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     budget = streaming_budget(source.folder, device=device, dtype=dtype, memory=memory, ram=ram)
+    # beside the result's folder, which is there only when the result is
+    folder_of = None if out is None else Path(out).absolute().parent
+    keep = None if folder_of is None else folder_of.parent / f".{folder_of.name}.pass"
     config = load_config(source.folder, trust_remote_code)
     sequences = loss_sequences(tokenizer, config, data, samples, length, seed, progress) if loss else None
     if budget is not None:
-        # beside the result's folder, which is there only when the result is
-        folder_of = None if out is None else Path(out).absolute().parent
-        keep = None if folder_of is None else folder_of.parent / f".{folder_of.name}.pass.safetensors"
         streamed = StreamedModel(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         decoder, live = streamed.decoder, streamed.decoder.model
         measured = _from_disk(streamed, tokenizer, budget, ready, sequences, limit, batch_size, seed, items, progress, say, keep)
@@ -240,6 +241,8 @@ def evaluate_checkpoint(
     if out is not None:
         with made_folder(Path(out).parent):
             write_json(Path(out), result)
+    if keep is not None:
+        shutil.rmtree(keep, ignore_errors=True)
     return result
 
 
@@ -248,12 +251,12 @@ def _from_disk(
     batch_size: int | None, seed: int, items: bool, progress: bool, say: Callable[[str], None], keep: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What `evaluate_live` gives, of a model whose layers come from its files."""
-    from layerprune.eval.streamed import sweep_streamed
+    from layerprune.eval.streamed import kept_answers, sweep_streamed
 
     whole = tuple(range(len(streamed)))
     found = sweep_streamed(
         streamed, tokenizer, [whole], budget, tasks=tasks, sequences=sequences, limit=limit, batch_size=batch_size, seed=seed,
-        progress=progress, say=say, keep=keep,
+        progress=progress, say=say, keep=keep, answers=kept_answers(keep, streamed),
     )[whole]  # fmt: skip
     assert found is not None  # a whole model that does not run is refused
     if found["tasks"] is not None and not items:

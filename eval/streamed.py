@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ from layerprune.model.stream import StreamedModel
 from layerprune.model.tree import Node
 
 Say = Callable[[str], None]
+_GENERATES = (
+    "a task here generates text, token by token, for which the model must be in memory as a whole: leave that task out, or give "
+    "more --memory or --ram"
+)
 
 
 def sweep_streamed(
@@ -50,10 +55,12 @@ def sweep_streamed(
 
     The loss takes one series of passes over the checkpoint, the log-likelihoods of all tasks another; `say` is told of each
     plan (passes, bytes, memory) before it starts. What a pass answered is kept in `answers`, so that a killed call goes on
-    with the next pass; with `keep`, a file for the states of a pass under way, at the layer where it stopped. Tasks that
+    with the next pass; with `keep`, a folder for the states of a pass under way, at the layer where it stopped. Tasks that
     generate text are refused: for them the model must be loaded whole. None stands for a cut that this model cannot run
     (which is said). Raises Refused where the budget is too small, and for a whole model that does not run.
     """
+    if tasks is not None and any(getattr(task, "OUTPUT_TYPE", "") == "generate_until" for task in tasks.tasks.values()):
+        raise Refused(_GENERATES)
     wanted = tuple(dict.fromkeys(kept))
     store = Answers() if answers is None else answers
     branches = Branches(streamed.decoder, wanted, logit_budget(streamed.device.type), absent=True)
@@ -78,6 +85,13 @@ def sweep_streamed(
     return found
 
 
+def kept_answers(keep: Path | None, streamed: StreamedModel) -> Answers:
+    """The answers that a killed call left in its folder, those of this very model, dtype and device."""
+    if keep is None:
+        return Answers()
+    return Answers(keep / hashlib.blake2b(streamed.identity().encode(), digest_size=8).hexdigest())
+
+
 @dataclass(frozen=True)
 class Stream:
     """The branches of one streamed model, asked in series of passes that the budget allows."""
@@ -97,13 +111,15 @@ class Stream:
         take: Callable[[int, torch.Tensor, torch.Tensor | None], None],
         *,
         what: str,
+        key: str,
         dtype: torch.dtype | None = None,
         greedy: bool = False,
         done: Callable[[], None] = lambda: None,
     ) -> None:
         """Run (ids, mask) batches; `take` gets each batch's number and what `Branches.score` returns for it.
 
-        asked: the questions about a batch. done: called after each pass. Numbers come batch by batch, when a pass is over.
+        asked: the questions about a batch. what: is told to people, and names the file in `keep`; key: tells these questions from
+        others about the same batches. done: called after each pass. Numbers come batch by batch, when a pass is over.
         """
         streamed, branches = self.streamed, self.branches
         tree = branches.tree(kept)
@@ -140,19 +156,27 @@ class Stream:
                 take(number, *branches.gather(kept, found.pop(number), questions_of.pop(number), greedy))
             done()
 
-        def taken() -> dict[str, torch.Tensor]:
-            some = {(number, end): answer for number, own in found.items() for end, answer in enumerate(own) if answer is not None}
-            values = {f"value/{number}/{end}": answer[0] for (number, end), answer in some.items()}
-            return values | {f"flag/{number}/{end}": a[1] for (number, end), a in some.items() if a[1] is not None}
+        def taken(group: Sequence[int]) -> dict[str, torch.Tensor]:
+            some = {
+                f"{place}/{end}": answer
+                for place, number in enumerate(group)
+                for end, answer in enumerate(found.get(number, ()))
+                if answer is not None
+            }
+            values = {f"value/{name}": answer[0] for name, answer in some.items()}
+            return values | {f"flag/{name}": answer[1] for name, answer in some.items() if answer[1] is not None}
 
-        def put(before: dict[str, torch.Tensor]) -> None:
+        def put(group: Sequence[int], before: dict[str, torch.Tensor]) -> None:
             for name, value in before.items():
-                sort, number, end = name.split("/")
+                sort, place, end = name.split("/")
                 if sort == "value":
-                    open_batch(int(number))
-                    found[int(number)][int(end)] = (value, before.get(f"flag/{number}/{end}"))
+                    number = group[int(place)]
+                    open_batch(number)
+                    found[number][int(end)] = (value, before.get(f"flag/{place}/{end}"))
 
-        file = None if self.keep is None else PassFile(self.keep, f"{what} {streamed.identity()}", taken, put)
+        file = None
+        if self.keep is not None:
+            file = PassFile(self.keep / f"{what}.safetensors", f"{what} {streamed.identity()} {key}", taken, put, self.say)
         branches.applications += tree.applications * len(batches)
         steps = len(plan.groups) * len(used_layers(tree))
         with progress_bar(steps, f"{what}, {len(kept)} depths", "layer", self.progress) as bar:
@@ -177,7 +201,7 @@ def _losses(stream: Stream, sequences: Sequence[Sequence[int]], store: Answers) 
             store.add(kept, [keys[i] for i in rows[number]], summed_nats(value_AN, own))
 
         ids = [(batch.ids_BT, batch.mask_BT) for batch in made]
-        stream.answer(kept, ids, asked, take, what="loss", dtype=torch.float32, done=store.save)
+        stream.answer(kept, ids, asked, take, what="loss", key="", dtype=torch.float32, done=store.save)
     return losses_of(branches, sequences, store)
 
 
@@ -202,11 +226,8 @@ class StreamedTasks(BranchedModel):
 
         self.stream.answer(
             tuple(kept), [(ids_BT, None) for ids_BT, _ in placed], lambda number: placed[number][1], take,
-            what="tasks", greedy=True, done=self.store.save,
+            what="tasks", key=hashlib.blake2b(b"".join(keys), digest_size=16).hexdigest(), greedy=True, done=self.store.save,
         )  # fmt: skip
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        raise Refused(
-            "a task here generates text, token by token, for which the model must be in memory as a whole: leave that task out, or "
-            "give more --memory or --ram"
-        )
+        raise Refused(_GENERATES)

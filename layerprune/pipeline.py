@@ -114,7 +114,7 @@ class _Run:
     def rank(self) -> dict[str, Any]:
         if not (self.path / "rank.json").exists():
             self.say("ranking all blocks")
-        return dict(self.folder.once("rank.json", lambda: self.stages.rank(self.folder.work / ".rank-pass.safetensors")))
+        return dict(self.folder.once("rank.json", lambda: self.stages.rank(self.folder.work / ".rank-pass")))
 
     def block(self, n: int, ranking: Mapping[str, Any]) -> Block:
         return self.stages.block(n, self.plan.strategy, ranking)
@@ -184,5 +184,5 @@ def _summary(measured: Mapping[str, Any]) -> dict[str, Any]:
         **{key: measured[key] for key in ("layers", "parameters", "bytes")},
         "loss": measured["loss"]["normalised"],
         "tasks": scores(measured),
-        "tokens_per_second": measured["speed"]["tokens_per_second"],
+        "tokens_per_second": None if measured["speed"] is None else measured["speed"]["tokens_per_second"],
     }

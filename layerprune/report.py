@@ -19,7 +19,9 @@ def format_run(result: Mapping[str, Any]) -> str:
     for name, score in rows[0]["tasks"].items():
         chance = "" if score["chance"] is None else f" (chance {score['chance']:.3g})"
         lines.append((name.removesuffix("/acc") + chance, *(_score(row["tasks"].get(name)) for row in rows)))
-    lines.append(("tokens/s, generating", *(f"{row['tokens_per_second']:.1f}" for row in rows)))
+    speeds = [row["tokens_per_second"] for row in rows]
+    if any(speed is not None for speed in speeds):  # a model that is streamed generates nothing
+        lines.append(("tokens/s, generating", *("-" if speed is None else f"{speed:.1f}" for speed in speeds)))
     dropped = len(rows) > 1 and result["layers"] - len(result["kept"])
     head = (
         f"{result['model']}: {dropped} of {result['layers']} layers dropped, {result['dropped']} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -89,7 +90,13 @@ class Stages:
         torch.cuda.empty_cache()
 
     def rank(self, keep: Path | None = None) -> dict[str, Any]:
-        """keep: a file for what a streamed pass that is killed goes on with."""
+        """keep: a folder for what a streamed pass that is killed goes on with; it is gone in the end."""
+        found = self._rank(keep)
+        if keep is not None:
+            shutil.rmtree(keep, ignore_errors=True)
+        return found
+
+    def _rank(self, keep: Path | None) -> dict[str, Any]:
         from layerprune.model.decoder import view_decoder
         from layerprune.prune.rank import rank_from_disk, rank_live
 
@@ -124,12 +131,18 @@ class Stages:
             ranking=ranking if strategy == "angular" else None,
             seed=setup.seed,
             trust_remote_code=setup.trust_remote_code,
-            verify=self.verify,
+            verify=self._may_verify(),
             progress=self.progress,
             say=self.say,
         )
         for what, how in found["verified"].items():
             self.say(f"  {what}: {how}")
+
+    def _may_verify(self) -> bool | None:
+        """Whether the cut's logits are proven; not where the source is streamed, for the proof loads it as a whole."""
+        if self.verify is None and self.budget(self.setup.source.folder) is not None:
+            return False
+        return self.verify
 
     def check_healing(self) -> None:
         """Refuse what healing would refuse (the architecture, the targets, the data), before anything is ranked."""
@@ -191,7 +204,9 @@ class Stages:
         if budget is not None:
             streamed, tokenizer = self.stream(folder)
             whole = tuple(range(len(streamed)))
-            found = self._from_disk(streamed, tokenizer, [whole], budget, None)[whole]
+            keep = folder.absolute().parent / f".{folder.name}.pass"
+            found = self._from_disk(streamed, tokenizer, [whole], budget, None, keep)[whole]
+            shutil.rmtree(keep, ignore_errors=True)
             assert found is not None  # a whole model that does not run is refused
             return {**found, "speed": None} if speed else found
         live, tokenizer = self.load(folder)
@@ -226,7 +241,9 @@ class Stages:
 
         budget = self.budget(self.setup.source.folder)
         if budget is not None:
-            return self._from_disk(*self.streamed_source(), kept, budget, answers, answers.parent / ".sweep-pass.safetensors")
+            found = self._from_disk(*self.streamed_source(), kept, budget, answers, answers.parent / ".pass")
+            shutil.rmtree(answers.parent / ".pass", ignore_errors=True)
+            return found
         live, tokenizer = self.source()
         tasks, sequences = self.ready()
         return sweep_live(
@@ -247,7 +264,7 @@ class Stages:
         self, streamed: Any, tokenizer: Any, kept: Iterable[Kept], budget: Any, answers: Path | None, keep: Path | None = None
     ) -> dict[Kept, dict[str, Any] | None]:
         from layerprune.eval.answers import Answers
-        from layerprune.eval.streamed import sweep_streamed
+        from layerprune.eval.streamed import kept_answers, sweep_streamed
 
         tasks, sequences = self.ready()
         return sweep_streamed(
@@ -257,7 +274,7 @@ class Stages:
             budget,
             tasks=tasks,
             sequences=sequences,
-            answers=None if answers is None else Answers(answers),
+            answers=kept_answers(keep, streamed) if answers is None else Answers(answers),
             limit=self.setup.evaluation.limit,
             batch_size=self.batch_size,
             seed=self.setup.seed,

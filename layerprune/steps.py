@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ def rank(model: str | Path, out: str | Path | None = None, **settings: Any) -> d
     from layerprune.prune.rank import rank_blocks
 
     label, folder = _label(model), default_folder(out, model, "rank")
-    keep = folder.absolute().parent / f".{folder.name}.pass.safetensors"  # the folder itself is there only when it is whole
+    keep = folder.absolute().parent / f".{folder.name}.pass"  # the folder itself is there only when it is whole
     ranking = rank_blocks(model, keep=keep, **settings)
     with new_folder(folder) as made:
         write_json(made / "rank.json", ranking)
         plot_distances(ranking, made / "figures", label)
+    shutil.rmtree(keep, ignore_errors=True)
     return {**ranking, "folder": str(folder)}
 
 

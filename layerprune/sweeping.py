@@ -316,7 +316,7 @@ class Sweeper:
         if not (self.path / "rank.json").exists():
             self.say("ranking all blocks")
         with self.folder.phase("rank"):
-            return dict(self.folder.once("rank.json", lambda: self.stages.rank(self.path / ".rank-pass.safetensors")))
+            return dict(self.folder.once("rank.json", lambda: self.stages.rank(self.path / ".rank-pass")))
 
     def kept(self, ranking: Mapping[str, Any] | None) -> dict[tuple[str, int], Kept]:
         """The layers that stay, by strategy and n; (first strategy, 0) is the whole model."""

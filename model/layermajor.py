@@ -83,7 +83,9 @@ def layer_major(
     for group in plan.groups:
         walk = _Walk(streamed, plan.hold, place, see, broken, gone)
         identity = _identity(tree, plan, [batches[number] for number in group])
-        before = None if keep is None else keep.load(identity)
+        before = None if keep is None else keep.load(identity, group)
+        if before is not None and not walk.can_restore(tree, group, before[2]):
+            before = None
         ahead = layers
         if before is not None:
             ahead = [layer for layer in layers if layer > before[0]]
@@ -99,16 +101,16 @@ def layer_major(
                     for number in group:
                         walk.begin(number, *batches[number], tree.roots, again=before is not None)
                     if before is not None:
-                        walk.restore(tree, before[2])
+                        walk.restore(tree, group, before[2])
                 if layer not in plan.hold:
                     for number in group:
                         for node, parent in at[layer]:
                             walk.wake(number, node, parent)
                 progress(1)
                 if keep is not None and layer != layers[-1] and keep.due():
-                    states = walk.states(tree)
+                    states = walk.states(tree, group)
                     if states is not None:
-                        keep.save(identity, layer, walk.layerwise.length, states)
+                        keep.save(identity, group, layer, walk.layerwise.length, states)
         done(group)
         if keep is not None:
             keep.remove()
@@ -160,19 +162,32 @@ class _Walk:
         self.see(number, batch, None, state)
         self._part(number, 0, roots, state)
 
-    def states(self, tree: CutTree) -> dict[str, torch.Tensor] | None:
-        """The states that wait, by the layers behind them, their batch, and how many layers want them; None where they cannot
-        be told: layers of this model hand on more, or a branch broke."""
+    def states(self, tree: CutTree, group: Sequence[int]) -> dict[str, torch.Tensor] | None:
+        """The states that wait, by the layers behind them, their batch's position, and how many layers want them; None where they
+        cannot be told: layers of this model hand on more, or a branch broke."""
         if self.gone or any(state.shared for state, _ in self.waiting.values()):
             return None
         names = _names(tree)
-        return {f"{names[key]}/{number}/{left}": state.hidden for (key, number), (state, left) in self.waiting.items()}
+        return {
+            f"{names[key]}/{group.index(number)}/{left}": state.hidden for (key, number), (state, left) in self.waiting.items()
+        }
 
-    def restore(self, tree: CutTree, states: Mapping[str, torch.Tensor]) -> None:
+    def can_restore(self, tree: CutTree, group: Sequence[int], states: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these are states of this tree, and the same ones of every batch."""
+        known = set(_names(tree).values())
+        by_batch: dict[str, set[str]] = {}
+        for told in states:
+            name, position, left = told.split("/")
+            by_batch.setdefault(position, set()).add(f"{name}/{left}")
+            if name not in known:
+                return False
+        return set(by_batch) == {str(p) for p in range(len(group))} and len({frozenset(own) for own in by_batch.values()}) == 1
+
+    def restore(self, tree: CutTree, group: Sequence[int], states: Mapping[str, torch.Tensor]) -> None:
         keys = {name: key for key, name in _names(tree).items()}
         for told, hidden in states.items():
-            name, number, left = told.split("/")
-            self.waiting[keys[name], int(number)] = (State(hidden.to(self.place), {}), int(left))
+            name, position, left = told.split("/")
+            self.waiting[keys[name], group[int(position)]] = (State(hidden.to(self.place), {}), int(left))
 
     def wake(self, number: int, node: Node, parent: Node | None) -> None:
         key = (0 if parent is None else id(parent), number)

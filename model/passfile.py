@@ -7,68 +7,65 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from layerprune.model.files import no_space_refusal
+from layerprune.model.errors import Refused
+from layerprune.model.stream import DTYPES, read_into
+from layerprune.model.tensors import read_header
 
 Tensors = dict[str, torch.Tensor]
+Take = Callable[[Sequence[int]], Tensors]
+Put = Callable[[Sequence[int], Tensors], None]
 
-_SECONDS = 60.0
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHARE = 0.05
 
 
 class PassFile:
     """What a pass has to go on with: the states that wait, and what was found so far.
 
-    key: what else decides the numbers (checkpoint, dtype, device). take: gives what the caller has found in this pass, put:
-    takes it back; both as named tensors. A state is written when `seconds` have passed since the last one, and when writing takes
-    no more than a twentieth of the time; in one step, so a kill leaves the one before.
+    key: what else decides the numbers (checkpoint, dtype, device, questions). take: gives what the caller has found about the
+    batches of this pass, put: takes it back; both as tensors, named by a batch's position in the pass, since a call that goes on
+    numbers the batches anew. Written when `seconds` have passed since the last time, and when writing takes no more than a
+    twentieth of the time; in one step, so that a kill leaves the one before. Where the disk takes no more it is left alone,
+    which `say` is told once.
     """
 
     def __init__(
-        self, path: Path, key: str, take: Callable[[], Tensors], put: Callable[[Tensors], None], seconds: float = _SECONDS
+        self, path: Path, key: str, take: Take, put: Put, say: Callable[[str], None] = lambda line: None, seconds: float = 60.0
     ) -> None:
-        self.path, self.key, self.take, self.put, self.seconds = path, key, take, put, seconds
-        self._saved_at, self._cost = time.monotonic(), 0.0
+        self.path, self.key, self.take, self.put, self.say, self.seconds = path, key, take, put, say, seconds
+        self._saved_at, self._cost, self._closed = time.monotonic(), 0.0, False
 
     def due(self) -> bool:
-        return time.monotonic() - self._saved_at >= max(self.seconds, self._cost / _SHARE)
+        return not self._closed and time.monotonic() - self._saved_at >= max(self.seconds, self._cost / _SHARE)
 
-    def save(self, identity: str, layer: int, length: int | None, states: Tensors) -> None:
+    def save(self, identity: str, group: Sequence[int], layer: int, length: int | None, states: Tensors) -> None:
         """After `layer`; length: what `Layerwise` found out about the layers' output."""
-        from safetensors.torch import save_file
-
         started = time.monotonic()
         told = {"identity": self._digest(identity), "layer": str(layer), "length": json.dumps(length)}
-        tensors = {f"state/{name}": t for name, t in states.items()} | {f"found/{name}": t for name, t in self.take().items()}
-        made = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with no_space_refusal(self.path):
-            try:
-                save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, made, told)
-                os.replace(made, self.path)
-            finally:
-                made.unlink(missing_ok=True)
+        tensors = {f"state/{name}": t for name, t in states.items()}
+        tensors |= {f"found/{name}": t for name, t in self.take(group).items()}
+        try:
+            write_tensors(self.path, tensors, told)
+        except OSError as error:
+            self._closed = True
+            self.remove()
+            self.say(f"{self.path} cannot be written ({error.strerror}): a pass that is killed will begin anew")
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - started
 
-    def load(self, identity: str) -> tuple[int, int | None, Tensors] | None:
+    def load(self, identity: str, group: Sequence[int]) -> tuple[int, int | None, Tensors] | None:
         """(layer, length, states) of this very pass, with what was found given back; None where there is none to go on with."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                told: Mapping[str, str] = file.metadata() or {}
-                if told.get("identity") != self._digest(identity):
-                    return None
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError):  # none, or one that is not whole: the pass begins anew
+        found = read_tensors(self.path)
+        if found is None or found[0].get("identity") != self._digest(identity):
             return None
-        self.put({name.removeprefix("found/"): t for name, t in tensors.items() if name.startswith("found/")})
+        told, tensors = found
         states = {name.removeprefix("state/"): t for name, t in tensors.items() if name.startswith("state/")}
+        self.put(group, {name.removeprefix("found/"): t for name, t in tensors.items() if name.startswith("found/")})
         return int(told["layer"]), json.loads(told["length"]), states
 
     def remove(self) -> None:
@@ -77,3 +74,44 @@ class PassFile:
 
     def _digest(self, identity: str) -> str:
         return hashlib.blake2b(f"{self.key}\n{identity}".encode(), digest_size=16).hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], told: Mapping[str, str]) -> None:
+    """A safetensors file that appears in one step; one tensor at a time is brought to the host. OSError is let through."""
+    header: dict[str, object] = {"__metadata__": dict(told)}
+    at = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes],
+        }  # fmt: skip
+        at += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_name(f".{path.name}.partial")  # one process at a time writes here
+    try:
+        with open(made, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors.values():
+                if tensor.numel():
+                    file.write(memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()))
+        os.replace(made, path)
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], Tensors] | None:
+    """The metadata and tensors of such a file, read and not mapped; None for one that is not there or not whole."""
+    if not path.is_file():
+        return None
+    try:
+        with open(path, "rb") as file:
+            told = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
+        tensors: Tensors = {}
+        for name, stored in read_header(path).items():
+            raw = torch.empty(stored.nbytes, dtype=torch.uint8)
+            read_into(stored, raw)
+            tensors[name] = raw.view(DTYPES[stored.dtype]).view(stored.shape)
+        return told, tensors
+    except (OSError, ValueError, KeyError, Refused, MemoryError):
+        return None

@@ -87,6 +87,8 @@ def plan_passes(
         option, given = ("--memory", memory) if spare_here < 0 or place == "cuda" else ("--ram", ram)
         if spare_here < 0:
             spare = spare_here
+        elif spare_there < 0:  # what arrives goes through the host
+            spare, option, given = spare_there, "--ram", ram
     else:
         fixed = weights + arriving + working + PROCESS_BYTES
         place, spare, option, given = "cpu", ram - fixed, "--ram", ram

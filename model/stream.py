@@ -24,7 +24,7 @@ from layerprune.model.load import check_keys, pick_device, pick_dtype, quiet_tra
 from layerprune.model.plan import find_stack, is_stray_buffer, split_name
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
@@ -50,7 +50,7 @@ class StreamedModel:
         """
         self.folder, self.device = folder, torch.device(pick_device(device))
         self._stored = read_checkpoint(folder)
-        odd = sorted({t.dtype for t in self._stored.values()} - set(_DTYPES))
+        odd = sorted({t.dtype for t in self._stored.values()} - set(DTYPES))
         config = load_config(folder, trust_remote_code)
         if odd or getattr(config, "quantization_config", None) is not None:
             raise Refused(f"{folder} is stored quantised ({', '.join(odd) or 'its config says so'}): it can only be loaded whole")
@@ -160,7 +160,7 @@ class StreamedModel:
         raw = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned)
         read_into(stored, raw)
         self.read += stored.nbytes
-        tensor = raw.view(_DTYPES[stored.dtype]).view(stored.shape)
+        tensor = raw.view(DTYPES[stored.dtype]).view(stored.shape)
         if not pinned:
             return tensor
         side = _side_stream(self.device)

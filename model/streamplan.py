@@ -12,7 +12,8 @@ from layerprune.model.recipes import Shape
 from layerprune.model.tree import CutTree
 
 LOGIT_BYTES = 1 << 30
-"""What logits take at once on a GPU, as in evaluation."""
+CPU_LOGIT_BYTES = 256 << 20
+"""What logits take at once in evaluation, on a GPU and on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def plan_streaming(
     rows = max(1, device.batch_tokens // width)
     count = -(-samples // rows)
     working = rows * width * (4 * shape.hidden + 3 * min(mlp_width(shape), 8 * shape.hidden)) * sizes.itemsize
-    working += LOGIT_BYTES if heads else 0
+    working += (LOGIT_BYTES if memory is not None else CPU_LOGIT_BYTES) if heads else 0
     plan = plan_passes(sizes, tree, [(rows, width)] * count, memory=memory, ram=ram, working=working)
     layer = sizes.layers[0] / device.weight_bytes * active
     flops = 2.0 * tokens * (layer * tree.applications + (shape.vocab * shape.hidden * tree.heads if heads else 0))

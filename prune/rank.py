@@ -175,7 +175,8 @@ def rank_blocks(
 
     A model that does not fit in memory (or in `memory` of the GPU and `ram` of the host, where they are given: bytes or
     text such as `8GiB`) is not loaded: its layers come from its files one at a time, and `say` is told the plan first;
-    with `keep`, the name of a file, a call that is killed meanwhile goes on at the layer where it stopped.
+    with `keep`, the name of a folder, a call that is killed meanwhile goes on at the layer where it stopped (the caller
+    removes it).
 
     model: recipe name, Hub id or folder. Options left at None come from the model's recipe, else: C4 validation,
     256 samples, 2048 tokens or the model's context. Returns (and writes to `out`) the content of rank.json:
@@ -247,14 +248,10 @@ def rank_from_disk(
     """`rank_live` for a model whose layers come from its files one at a time (`layerprune.model.stream`)."""
 
     def measure(sequences: list[list[int]], pad_id: int) -> tuple[list[list[float]], dict[str, Any]]:
-        from layerprune.model.progress import progress_bar
         from layerprune.prune.rank_streamed import rank_streamed
 
-        with progress_bar(len(streamed), "rank", "layer", progress) as bar:
-            before = streamed.read
-            distance, plan = rank_streamed(
-                streamed, sequences, budget, pad_id=pad_id, say=say, progress=bar.update, keep=keep
-            )
+        before = streamed.read
+        distance, plan = rank_streamed(streamed, sequences, budget, pad_id=pad_id, say=say, progress=progress, keep=keep)
         passes = {"passes": len(plan.groups), "bytes_read": streamed.read - before, "states_in": plan.place}
         return distance, {"streamed": passes}
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ from layerprune.model.data import batches
 from layerprune.model.decoder import states_BTD
 from layerprune.model.layermajor import layer_major, sizes_of, working_bytes
 from layerprune.model.layerwise import Batch, State
-from layerprune.model.passfile import PassFile
+from layerprune.model.passfile import PassFile, read_tensors, write_tensors
 from layerprune.model.passplan import PassPlan, plan_passes
+from layerprune.model.progress import progress_bar
 from layerprune.model.stream import StreamedModel
 from layerprune.model.tree import CutTree, Node
 from layerprune.prune.rank import DistanceSum, at_positions, last_positions, must_be_numbers
@@ -28,14 +32,14 @@ def rank_streamed(
     max_tokens: int | None = None,
     pad_id: int = 0,
     say: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int], None] = lambda layers: None,
+    progress: bool = False,
     keep: Path | None = None,
 ) -> tuple[list[list[float]], PassPlan]:
     """Distances of all blocks, as `rank_decoder` gives them for the whole model (to the bit, on the CPU, at equal batches).
 
-    Of each document only the states of its last token are kept, (L+1) x D numbers. say: told the plan before it starts.
-    progress: told of each layer of each pass. keep: a file for the states of a pass that is killed, with which the next call goes
-    on; it is gone in the end. Raises Refused as `rank_decoder`, and where the budget is too small.
+    Of each document only the states of its last token are kept, (L+1) x D numbers. say: told the plan before it starts. keep: a
+    folder for what a call that is killed leaves (the states of its pass, and what whole passes found), with which the next
+    call goes on; the caller removes it. Raises Refused as `rank_decoder`, and where the budget is too small.
     """
     decoder = streamed.decoder
     layers = len(decoder)
@@ -56,16 +60,30 @@ def rank_streamed(
         states = states_BTD(state.hidden, rows, width)
         picked.setdefault(number, []).append(at_positions(states, last_B, width, type(decoder.model).__name__).cpu())
 
-    def take() -> dict[str, torch.Tensor]:
-        return {f"{number}/{depth}": t for number, states in picked.items() for depth, t in enumerate(states)}
+    def take(group: Sequence[int]) -> dict[str, torch.Tensor]:
+        return {f"{place}/{depth}": t for place, n in enumerate(group) for depth, t in enumerate(picked.get(n, ()))}
 
-    def put(found: dict[str, torch.Tensor]) -> None:
-        picked.clear()
-        for number, depth in sorted((int(a), int(b)) for a, b in (name.split("/") for name in found)):
-            picked.setdefault(number, []).append(found[f"{number}/{depth}"])
+    def put(group: Sequence[int], found: dict[str, torch.Tensor]) -> None:
+        for place, depth in sorted((int(a), int(b)) for a, b in (name.split("/") for name in found)):
+            picked.setdefault(group[place], [])[depth:] = [found[f"{place}/{depth}"]]
 
-    file = None if keep is None else PassFile(keep, streamed.identity(), take, put)
-    layer_major(streamed, tree, [(b.ids_BT, b.mask_BT) for b in made], plan, see, progress=progress, keep=file)
+    inputs = [(batch.ids_BT, batch.mask_BT) for batch in made]
+    file = None if keep is None else PassFile(keep / "rank.safetensors", streamed.identity(), take, put, say)
+    with progress_bar(layers * len(plan.groups), "rank", "layer", progress) as bar:
+        for group in plan.groups:
+            digest = hashlib.blake2b(streamed.identity().encode(), digest_size=16)
+            for number in group:
+                digest.update(repr((inputs[number][0].tolist(), shapes[number])).encode())
+            whole = None if keep is None else keep / f"rank-{digest.hexdigest()}.safetensors"
+            before = None if whole is None else read_tensors(whole)
+            if before is not None and len(before[1]) == len(group) * (layers + 1):
+                put(group, before[1])
+                bar.update(layers)
+                continue
+            layer_major(streamed, tree, inputs, replace(plan, groups=(group,)), see, progress=bar.update, keep=file)
+            if whole is not None and len(plan.groups) > 1:
+                with contextlib.suppress(OSError):  # then this pass is done again after a kill
+                    write_tensors(whole, take(group), {})
     for number in range(len(made)):
         states_BLD = torch.stack(picked[number], dim=1)
         must_be_numbers(states_BLD)

@@ -12,6 +12,7 @@ import pytest
 from layerprune.check import check_recipe_file, format_check
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.estimate import DEVICES
+from layerprune.model.passplan import PROCESS_BYTES
 from layerprune.model.recipes import Shape, load_recipe
 from layerprune.model.streamplan import last_branches, plan_streaming, rank_branches, sizes_of_shape
 
@@ -64,10 +65,12 @@ def test_the_arithmetic_by_hand() -> None:
     swept = plan(last_branches(4), heads=True)
     assert swept.plan.hold == (3,)
     assert swept.flops == 2 * 60 * (1000 * 7 + 100 * 8 * 4)  # 2 L - 1 layer applications, 4 heads
-    small = plan(rank_branches(4), memory=fixed + 20 * 2 * (3 * 8 + 10), ram=0)
+    small = plan(rank_branches(4), memory=fixed + 20 * 2 * (3 * 8 + 10), ram=PROCESS_BYTES + 4000)
     assert len(small.plan.groups) == 3 and small.plan.read == 24000
     with pytest.raises(Refused, match="--memory"):
-        plan(rank_branches(4), memory=fixed, ram=0)
+        plan(rank_branches(4), memory=fixed - 1, ram=1 << 40)
+    with pytest.raises(Refused, match="--ram"):  # what arrives goes through the host, wherever the states lie
+        plan(rank_branches(4), memory=1 << 40, ram=1000)
 
 
 def test_check_tells_the_plan_of_what_does_not_fit() -> None:

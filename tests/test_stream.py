@@ -374,7 +374,8 @@ def test_a_killed_pass_goes_on_at_its_layer(
     streamed, tokenizer = StreamedModel(folder, device="cpu", dtype="float32"), load_tokenizer(folder)
     asked, kept, layers = sequences(300), cuts(8), 8
     tasks = load_tasks({"tiny": 0}, run_inputs / "tasks", 0)
-    file = tmp_path / "pass.safetensors"
+    folder_of = tmp_path / "pass"
+    file = folder_of / f"{what}.safetensors"
 
     def call(keep: Path | None) -> Any:
         if what == "rank":
@@ -386,21 +387,21 @@ def test_a_killed_pass_goes_on_at_its_layer(
     monkeypatch.setattr(passfile.PassFile, "due", lambda self: True)
     save = passfile.PassFile.save
 
-    def killed(self: Any, identity: str, layer: int, *rest: Any) -> None:
-        save(self, identity, layer, *rest)
+    def killed(self: Any, identity: str, group: Any, layer: int, *rest: Any) -> None:
+        save(self, identity, group, layer, *rest)
         if layer == after:
             raise Cut
 
     with monkeypatch.context() as patch:
         patch.setattr(passfile.PassFile, "save", killed)
         with pytest.raises(Cut):
-            call(file)
-    assert file.exists() and [p.name for p in tmp_path.iterdir()] == [file.name]
+            call(folder_of)
+    assert [p.name for p in folder_of.iterdir()] == [file.name]
     before, run = streamed.read, []
     step = layermajor.Batch.step
     with monkeypatch.context() as patch:
         patch.setattr(layermajor.Batch, "step", lambda self, i, s: (run.append(i), step(self, i, s))[1])
-        assert call(file) == expected
+        assert call(folder_of) == expected
     held = () if what == "rank" else (layers - 1,)
     left = {*range(after + 1, layers), *held}
     assert streamed.read - before == sum(streamed.stored_bytes(i) for i in left)
@@ -414,28 +415,125 @@ def test_the_states_of_another_pass_are_left_alone(sharded: Path, tmp_path: Path
 
     streamed = StreamedModel(sharded, device="cpu", dtype="float32")
     monkeypatch.setattr(passfile.PassFile, "due", lambda self: True)
-    file = tmp_path / "pass.safetensors"
+    file = tmp_path / "rank.safetensors"
     monkeypatch.setattr(passfile.PassFile, "remove", lambda self: None)  # as if killed after the last layer but one
     mine, other = sequences(100), sequences(90)
     expected = rank_streamed(streamed, other, PLENTY)[0]
-    rank_streamed(streamed, mine, PLENTY, keep=file)
+    rank_streamed(streamed, mine, PLENTY, keep=tmp_path)
     assert file.exists()
-    assert rank_streamed(streamed, other, PLENTY, keep=file)[0] == expected  # another question: from the first layer
+    assert rank_streamed(streamed, other, PLENTY, keep=tmp_path)[0] == expected  # another question: from the first layer
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     before = streamed.read
-    assert rank_streamed(streamed, other, PLENTY, keep=file)[0] == expected  # not whole: from the first layer
+    assert rank_streamed(streamed, other, PLENTY, keep=tmp_path)[0] == expected  # not whole: from the first layer
     assert streamed.read - before == sum(streamed.stored_bytes(i) for i in range(6))
 
 
 def test_a_file_is_written_only_now_and_then(tmp_path: Path) -> None:
     from layerprune.model.passfile import PassFile
 
-    file = PassFile(tmp_path / "a" / "pass", "key", dict, lambda found: None, seconds=0.0)
+    def nothing(group: Any, found: Any = None) -> dict[str, torch.Tensor]:
+        return {}
+
+    file = PassFile(tmp_path / "a" / "pass", "key", nothing, nothing, seconds=0.0)
     assert file.due()
-    file.save("same", 3, None, {"x": torch.ones(2)})
+    file.save("same", (0,), 3, None, {"x": torch.ones(2)})
     assert not file.due() or file._cost == 0  # twenty times what writing took must pass first
-    assert file.load("other") is None
-    found = file.load("same")
+    assert file.load("other", (0,)) is None
+    found = file.load("same", (0,))
     assert found is not None and found[:2] == (3, None) and torch.equal(found[2]["x"], torch.ones(2))
-    assert not PassFile(tmp_path / "b", "key", dict, lambda found: None).due()
+    assert not PassFile(tmp_path / "b", "key", nothing, nothing).due()
+    told: list[str] = []
+    (tmp_path / "c").write_text("a file where the folder should be")
+    full = PassFile(tmp_path / "c" / "pass", "key", nothing, nothing, told.append, seconds=0.0)
+    full.save("same", (0,), 3, None, {"x": torch.ones(2)})
+    assert len(told) == 1 and "will begin anew" in told[0] and not full.due()
+
+
+@pytest.mark.parametrize("what", ["rank", "loss"])
+def test_a_kill_in_a_later_pass_keeps_the_earlier_ones(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The batches that are left are numbered anew then."""
+    from layerprune.model import passfile
+
+    streamed = StreamedModel(sharded, device="cpu", dtype="float32")
+    kept, asked = cuts(6), sequences(100, (20,) * 6)
+    monkeypatch.setattr("layerprune.eval.streamed.token_budget", lambda kind: 20)
+    monkeypatch.setattr("layerprune.eval.streamed.logit_budget", lambda kind: 1 << 20)
+    tree = CutTree(kept, 6) if what == "loss" else CutTree([tuple(range(6))], 6)
+    working = working_bytes(streamed.decoder, 20) + ((1 << 20) if what == "loss" else 0)
+    need = plan_passes(sizes_of(streamed), tree, [(1, 20)] * 6, memory=None, ram=8 << 30, working=working)
+    small = Budget(None, need.fixed + need.states // 3 + 4096)
+    folder = tmp_path / "pass"
+
+    def call(budget: Budget) -> Any:
+        if what == "rank":
+            return rank_streamed(streamed, asked, budget, max_tokens=20, keep=folder)[0]
+        return sweep_streamed(streamed, None, kept, budget, sequences=asked, answers=Answers(folder / "a"), keep=folder)
+
+    expected = (
+        rank_streamed(streamed, asked, PLENTY, max_tokens=20)[0]
+        if what == "rank"
+        else sweep_streamed(streamed, None, kept, PLENTY, sequences=asked)
+    )
+    monkeypatch.setattr(passfile.PassFile, "due", lambda self: True)
+    save = passfile.PassFile.save
+    saves: list[int] = []
+
+    def killed(self: Any, identity: str, group: Any, layer: int, *rest: Any) -> None:
+        save(self, identity, group, layer, *rest)
+        saves.append(layer)
+        if len(saves) == 8:  # five in the first pass, three in the second
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passfile.PassFile, "save", killed)
+        with pytest.raises(Cut):
+            call(small)
+    assert saves == [0, 1, 2, 3, 4, 0, 1, 2]
+    before = streamed.read
+    assert call(small) == expected
+    held = (5,) if what == "loss" else ()
+    second = sum(streamed.stored_bytes(i) for i in {3, 4, 5, *held})
+    assert streamed.read - before == second + sum(streamed.stored_bytes(i) for i in range(6))
+
+
+def test_a_run_within_a_budget_ends_with_the_numbers_of_one_without(run_inputs: Path, tmp_path: Path) -> None:
+    import layerprune
+
+    given: dict[str, Any] = {
+        "heal": False, "calibration": str(run_inputs / "calibration.jsonl"), "eval_data": str(run_inputs / "loss.jsonl"),
+        "tasks": ["tiny"], "task_folder": str(run_inputs / "tasks"), "device": "cpu", "length": 32, "curve": [0.25],
+        "say": lambda line: None,
+    }  # fmt: skip
+    whole = layerprune.run(run_inputs / "model", 0.4, out=tmp_path / "whole", **given)
+    streamed = layerprune.run(run_inputs / "model", 0.4, out=tmp_path / "streamed", ram="1.5GiB", **given)
+    for ours, expected in zip(streamed["rows"], whole["rows"], strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], abs=1e-6) and ours["tasks"] == expected["tasks"]
+        assert ours["tokens_per_second"] is None and expected["tokens_per_second"] > 0
+    assert streamed["kept"] == whole["kept"]
+    assert not [p for p in (tmp_path / "streamed").rglob(".*") if p.name != ".work"] and not list(tmp_path.glob(".*"))
+    record = json.loads((tmp_path / "streamed" / "pruned" / "layerprune.json").read_text())
+    assert record["verified"]["logits"].startswith("skipped") and record["verified"]["bytes"].startswith("proven")
+    from layerprune.report import format_run
+
+    assert "tokens/s" not in format_run(streamed) and "tokens/s" in format_run(whole)
+    assert layerprune.run(run_inputs / "model", 0.4, out=tmp_path / "streamed", **given)["kept"] == whole["kept"]
+
+
+def test_tasks_that_generate_are_refused_before_anything_is_read(run_inputs: Path, tmp_path: Path) -> None:
+    from layerprune.eval.tasks import load_tasks
+
+    (tmp_path / "gen.yaml").write_text(
+        f"task: gen\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {run_inputs / 'tasks' / 'items.jsonl'}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{question}}'\n"
+        "generation_kwargs:\n  until: ['.']\nmetric_list:\n  - metric: exact_match\n"
+    )
+    streamed, tokenizer = StreamedModel(run_inputs / "model", device="cpu"), load_tokenizer(run_inputs / "model")
+    before = streamed.read
+    with pytest.raises(Refused, match="generates text"):
+        sweep_streamed(
+            streamed, tokenizer, cuts(8), PLENTY, tasks=load_tasks({"gen": 0}, tmp_path, 0), sequences=sequences(300)
+        )
+    assert streamed.read == before
