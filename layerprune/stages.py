@@ -31,15 +31,22 @@ class Stages:
         self._ready: tuple[Any, Any] | None = None
         self._source: tuple[Any, Any] | None = None
         self._streamed: tuple[Any, Any] | None = None
+        self._budgets: dict[Path, Any] = {}
 
     def budget(self, folder: Path) -> Any:
-        """The memory within which a checkpoint is streamed; None where it fits, and is loaded."""
+        """The memory within which a checkpoint is streamed; None where it fits, and is loaded.
+
+        Decided once, with nothing of ours in memory: a model that is held would count as memory that is not free.
+        """
         from layerprune.model.budget import streaming_budget
 
-        setup = self.setup
-        return streaming_budget(
-            folder, device=setup.asked_device, dtype=setup.dtype, memory=setup.memory, ram=setup.ram
-        )
+        if folder not in self._budgets:
+            self.release()
+            setup = self.setup
+            self._budgets[folder] = streaming_budget(
+                folder, device=setup.asked_device, dtype=setup.dtype, memory=setup.memory, ram=setup.ram
+            )
+        return self._budgets[folder]
 
     def stream(self, folder: Path) -> tuple[Any, Any]:
         """A model whose layers stay in its files, and its tokenizer. The source, if it is held, goes first."""
@@ -210,18 +217,8 @@ class Stages:
             assert found is not None  # a whole model that does not run is refused
             return {**found, "speed": None} if speed else found
         live, tokenizer = self.load(folder)
-        measured = self._measure(live, tokenizer, evaluate_live)
-        return {**measured, "speed": generation_speed(live, tokenizer)} if speed else measured
-
-    def speed(self) -> dict[str, Any] | None:
-        """Of the source's generation; None where it is streamed."""
-        from layerprune.eval.speed import generation_speed
-
-        return None if self.budget(self.setup.source.folder) is not None else generation_speed(*self.source())
-
-    def _measure(self, live: Any, tokenizer: Any, evaluate_live: Any) -> dict[str, Any]:
         tasks, sequences = self.ready()
-        found: dict[str, Any] = evaluate_live(
+        measured = evaluate_live(
             live,
             tokenizer,
             tasks=tasks,
@@ -232,7 +229,13 @@ class Stages:
             samples=True,
             progress=self.progress,
         )
-        return found
+        return {**measured, "speed": generation_speed(live, tokenizer)} if speed else measured
+
+    def speed(self) -> dict[str, Any] | None:
+        """Of the source's generation; None where it is streamed."""
+        from layerprune.eval.speed import generation_speed
+
+        return None if self.budget(self.setup.source.folder) is not None else generation_speed(*self.source())
 
     def sweep(self, kept: Iterable[Kept], answers: Path) -> dict[Kept, dict[str, Any] | None]:
         """Loss and tasks of the source under many virtual cuts; None where it cannot run."""

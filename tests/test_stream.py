@@ -522,6 +522,24 @@ def test_a_run_within_a_budget_ends_with_the_numbers_of_one_without(run_inputs: 
     assert layerprune.run(run_inputs / "model", 0.4, out=tmp_path / "streamed", **given)["kept"] == whole["kept"]
 
 
+def test_a_model_that_is_held_does_not_count_against_itself(run_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that the model nearly fills: with it in memory, what is free would not hold it again."""
+    from layerprune.model.source import find_model
+    from layerprune.runplan import set_up
+    from layerprune.stages import Stages
+
+    setup = set_up(find_model(str(run_inputs / "model")), heal=False, device="cpu", eval_data=str(run_inputs / "loss.jsonl"),
+                   calibration=str(run_inputs / "calibration.jsonl"))  # fmt: skip
+    stages = Stages(setup, lambda line: None, False)
+    monkeypatch.setattr(
+        "layerprune.model.budget.streaming_budget", lambda *a, **k: None if stages._source is None else Budget(None, 1)
+    )
+    assert stages.budget(setup.source.folder) is None
+    held = stages.source()
+    assert stages.budget(setup.source.folder) is None and stages.source() is held
+    assert stages.budget(run_inputs / "another") is None and stages._source is None  # the source goes before another is weighed
+
+
 def test_tasks_that_generate_are_refused_before_anything_is_read(run_inputs: Path, tmp_path: Path) -> None:
     from layerprune.eval.tasks import load_tasks
 
