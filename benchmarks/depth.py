@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import write_record
+from record import timed, write_record
 
 
 def main() -> None:
@@ -146,18 +145,6 @@ def costs(name: str, data: str | None, given: argparse.Namespace) -> dict[str, A
             "times_fewer": effects.naive / effects.applications,
         }
     return result
-
-
-def timed(work: Callable[[], Any], cuda: bool) -> tuple[float, int]:
-    """Seconds, and the peak of GPU memory in bytes."""
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    work()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, torch.cuda.max_memory_allocated() if cuda else 0
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import write_record
+from record import timed, write_record
 
 SHAPES = {
     "llama-2-7b": {
@@ -91,18 +90,8 @@ def main() -> None:
     def rank() -> None:
         rank_decoder(decoder, documents, max_tokens=given.batch * given.length)
 
-    def timed(work: Any) -> tuple[float, int]:
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - started, torch.cuda.max_memory_allocated() if cuda else 0
-
-    timed(bare), timed(rank)  # warm-up
-    rounds = [(timed(bare), timed(rank)) for _ in range(given.rounds)]
+    timed(bare, cuda), timed(rank, cuda)  # warm-up
+    rounds = [(timed(bare, cuda), timed(rank, cuda)) for _ in range(given.rounds)]
     ratios = [b[0] / a[0] for a, b in rounds]
     result: dict[str, Any] = {
         "documents": len(documents),

@@ -8,6 +8,8 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,20 @@ def device_name(device: str) -> str:
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         model = names[0].split(":")[1].strip() if names else model
     return f"{os.cpu_count()} cores, {model}"
+
+
+def timed(work: Callable[[], Any], cuda: bool) -> tuple[float, int]:
+    """Seconds, and the peak of GPU memory in bytes."""
+    import torch
+
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    work()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated() if cuda else 0
 
 
 def write_record(out: str | None, device: str, shape: dict[str, Any], result: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from layerprune.eval.answers import Answers, sample_key
 from layerprune.eval.harness import Request
 from layerprune.eval.memory import logit_budget, state_budget, token_budget
-from layerprune.eval.sweep import BranchedModel, losses_of, questions, summed_nats, sweep_tasks
+from layerprune.eval.sweep import BranchedModel, by_cut, losses_of, questions, summed_nats, sweep_tasks
 from layerprune.eval.tasks import TaskSet, quiet
 from layerprune.model.branches import Answer, Asked, Branches
 from layerprune.model.budget import Budget
@@ -78,11 +78,7 @@ def sweep_streamed(
         store.save()
     for one, reason in branches.broken.items():
         say(f"left out: without layers {describe_dropped(one, len(streamed))} this model does not run ({reason})")
-    found: dict[Kept, dict[str, Any] | None] = dict.fromkeys(wanted)
-    for one in branches.kept:
-        if one not in branches.broken:
-            found[one] = {"loss": losses.get(one), "tasks": scores.get(one)}
-    return found
+    return by_cut(wanted, branches, losses, scores)
 
 
 def kept_answers(keep: Path | None, streamed: StreamedModel) -> Answers:

@@ -72,6 +72,13 @@ def sweep_live(
         store.save()
     for one in set(branches.broken) - told:
         say(f"left out: without layers {describe_dropped(one, len(decoder))} {branches.broken[one]}")
+    return by_cut(wanted, branches, losses, scores)
+
+
+def by_cut(
+    wanted: Sequence[Kept], branches: Branches, losses: Mapping[Kept, Any], scores: Mapping[Kept, Any]
+) -> dict[Kept, dict[str, Any] | None]:
+    """What was measured of each cut; None for one that this model cannot run."""
     found: dict[Kept, dict[str, Any] | None] = dict.fromkeys(wanted)
     for one in branches.kept:
         if one not in branches.broken:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from layerprune.model.config import vocab_size
 from layerprune.model.cuts import Kept
-from layerprune.model.decoder import Decoder, forward_logits, virtual_cut
+from layerprune.model.decoder import Decoder, forward_logits, virtual_cut, width_of
 from layerprune.model.errors import Refused
 from layerprune.model.layerwise import Batch, Layerwise, State
 from layerprune.model.tree import CutTree, exact_branches
@@ -78,10 +78,8 @@ class Branches:
 
     def state_bytes(self, kept: Sequence[Kept]) -> int:
         """What the hidden states of one token take when these branches are walked."""
-        config = self.decoder.model.config.get_text_config()
-        width = int(getattr(config, "hidden_size", 0) or self.decoder.model.get_input_embeddings().weight.shape[-1])
         # the batch keeps its own first state, whose layers may need it again
-        return (self.tree(kept).alive + 1 if self.shared else 1) * width * self.decoder.model.dtype.itemsize
+        return (self.tree(kept).alive + 1 if self.shared else 1) * width_of(self.decoder) * self.decoder.model.dtype.itemsize
 
     @torch.no_grad()
     def score(

@@ -38,6 +38,12 @@ class Decoder:
         return self.model.get_input_embeddings().weight.device
 
 
+def width_of(decoder: Decoder) -> int:
+    """D, the numbers in a state: the config's hidden size, or that of the input embedding."""
+    config = decoder.model.config.get_text_config()
+    return int(getattr(config, "hidden_size", 0) or decoder.model.get_input_embeddings().weight.shape[-1])
+
+
 def view_decoder(model: Any) -> Decoder:
     """Find the stack: the ModuleList with as many modules as the config has layers. Refused when there is none.
 

@@ -13,18 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from layerprune.model.decoder import Decoder, forward_logits, replaced_forwards, virtual_cut
+from layerprune.model.decoder import Decoder, forward_logits, replaced_forwards, virtual_cut, width_of
 from layerprune.model.errors import Refused, model_errors, one_line
 from layerprune.model.layerwise import Batch, Layerwise, State
 from layerprune.model.passfile import PassFile
-from layerprune.model.passplan import PassPlan, Sizes, later, nodes_of, used_layers
+from layerprune.model.passplan import PassPlan, Sizes, later, nodes_below, nodes_of, used_layers
 from layerprune.model.stream import StreamedModel
 from layerprune.model.tree import CutTree, Node
-
-
-def width_of(decoder: Decoder) -> int:
-    config = decoder.model.config.get_text_config()
-    return int(getattr(config, "hidden_size", 0) or decoder.model.get_input_embeddings().weight.shape[-1])
 
 
 def sizes_of(streamed: StreamedModel) -> Sizes:
@@ -213,7 +208,7 @@ class _Walk:
                     f"this {kind} cannot be run layer by layer: layer {node.layer} needs more than a state ({one_line(error)}); "
                     "load it whole"
                 ) from error
-            below = nodes_below(node)
+            below = nodes_below([node])
             self.gone.update(id(one) for one in below)
             self.broken(tuple(end for one in below for end in one.branches), one_line(error))
             return
@@ -227,16 +222,6 @@ class _Walk:
         wanted = later(children, self.hold)
         if wanted:
             self.waiting[key, number] = (State(state.hidden.to(self.place), state.shared), wanted)
-
-
-def nodes_below(node: Node) -> list[Node]:
-    """A node and all that follow on it."""
-    found, waiting = [], [node]
-    while waiting:
-        one = waiting.pop()
-        found.append(one)
-        waiting += one.children
-    return found
 
 
 @torch.no_grad()

@@ -118,7 +118,12 @@ def used_layers(tree: CutTree) -> list[int]:
 
 def nodes_of(tree: CutTree) -> list[Node]:
     """All nodes, parents before their children."""
-    found, waiting = [], list(tree.roots)
+    return nodes_below(tree.roots)
+
+
+def nodes_below(nodes: Sequence[Node]) -> list[Node]:
+    """These nodes and all that follow on them, parents before their children."""
+    found, waiting = [], list(nodes)
     while waiting:
         node = waiting.pop()
         found.append(node)
