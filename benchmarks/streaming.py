@@ -4,9 +4,10 @@
     python benchmarks/streaming.py --work FOLDER --shape llama-2-13b --memory 6GiB --resident --out benchmarks/streaming_gpu.json
 
 Makes a random bf16 checkpoint of the shape in FOLDER, sharded (kept, and used again by the next call). Each measurement is a
-process of its own, whose peak of resident memory is the kernel's (VmHWM: pages of mapped files count). Times: bringing all
-layers in without computing; the streamed computation; and with --resident (where the model fits) the same computation by the
-loaded model. `share` is the streamed time over the larger of the other two.
+process of its own, whose peak of resident memory is the kernel's (VmHWM: pages of mapped files count). Times: the layers'
+bytes read and copied to the device by a few lines of plain code (`bare`); all layers brought in without computing (`read`);
+the streamed computation; and with --resident (where the model fits) the same computation by the loaded model. `share` is the
+streamed time over the larger of `bare` (times its passes) and the resident computation.
 """
 
 from __future__ import annotations
@@ -81,12 +82,42 @@ def make_checkpoint(folder: Path, shape: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}))
 
 
+def bare_read(folder: Path, layers: int, device: Any) -> None:
+    """The bytes of all layers from the files to the device, 64 MiB at a time through two buffers, and forgotten there."""
+    import torch
+
+    from layerprune.model.plan import split_name
+    from layerprune.model.tensors import read_checkpoint
+
+    gpu = device.type == "cuda"
+    buffers = [torch.empty(64 << 20, dtype=torch.uint8, pin_memory=gpu) for _ in range(2)]
+    done = [torch.cuda.Event() for _ in buffers] if gpu else []
+    target = torch.empty(64 << 20, dtype=torch.uint8, device=device)
+    turn = 0
+    for name, stored in read_checkpoint(folder).items():
+        parts = split_name(name)
+        if parts is None or parts[1] >= layers:
+            continue
+        with open(stored.file, "rb", buffering=0) as file:
+            file.seek(stored.begin)
+            left = stored.nbytes
+            while left:
+                turn = 1 - turn
+                if gpu:
+                    done[turn].synchronize()
+                got = file.readinto(memoryview(buffers[turn].numpy())[: min(left, 64 << 20)])
+                left -= got
+                if gpu:
+                    target[:got].copy_(buffers[turn][:got], non_blocking=True)
+                    done[turn].record()
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One measurement in this process."""
     import torch
 
     from layerprune.model.budget import Budget
-    from layerprune.model.load import load_model
+    from layerprune.model.load import load_model, pick_device
     from layerprune.model.memory import byte_count
     from layerprune.model.stream import StreamedModel
 
@@ -106,7 +137,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         found["seconds"] = time.perf_counter() - started
         return result
 
-    if args.measure.startswith("resident"):
+    if args.measure == "bare":
+        timed(lambda: bare_read(folder, layers, torch.device(pick_device(args.device))))
+    elif args.measure.startswith("resident"):
         from layerprune.eval.sweep import sweep_live
         from layerprune.model.decoder import view_decoder
         from layerprune.prune.rank import rank_decoder
@@ -166,12 +199,12 @@ def main() -> None:
         make_checkpoint(made, args.shape)
         made.rename(args.work / args.shape)
     found: dict[str, Any] = {}
-    for what in ("read", "rank", "sweep", *(("resident-rank", "resident-sweep") if args.resident else ())):
+    for what in ("bare", "read", "rank", "sweep", *(("resident-rank", "resident-sweep") if args.resident else ())):
         call = [sys.executable, __file__, *sys.argv[1:], "--measure", what]
         found[what] = json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
         print(what, json.dumps(found[what]), file=sys.stderr, flush=True)
     for what in ("rank", "sweep"):
-        others = [found["read"]["seconds"] * found[what]["passes"]]
+        others = [found["bare"]["seconds"] * found[what]["passes"]]
         if args.resident:
             others.append(found[f"resident-{what}"]["seconds"])
         found[what]["share"] = found[what]["seconds"] / max(others)

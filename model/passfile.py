@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from layerprune.model.errors import Refused
-from layerprune.model.stream import DTYPES, read_into
+from layerprune.model.feed import DTYPES, read_into
 from layerprune.model.tensors import read_header
 
 Tensors = dict[str, torch.Tensor]
@@ -110,7 +110,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], Tensors] | None:
         tensors: Tensors = {}
         for name, stored in read_header(path).items():
             raw = torch.empty(stored.nbytes, dtype=torch.uint8)
-            read_into(stored, raw)
+            read_into(stored, 0, raw)
             tensors[name] = raw.view(DTYPES[stored.dtype]).view(stored.shape)
         return told, tensors
     except (OSError, ValueError, KeyError, Refused, MemoryError):

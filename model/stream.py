@@ -19,16 +19,11 @@ from torch import nn
 from layerprune.model.config import auto_class, layer_count, load_config
 from layerprune.model.decoder import view_decoder
 from layerprune.model.errors import Refused, model_errors, one_line
+from layerprune.model.feed import DTYPES, read_onto
 from layerprune.model.fingerprint import checkpoint_fingerprint
 from layerprune.model.load import check_keys, pick_device, pick_dtype, quiet_transformers
 from layerprune.model.plan import find_stack, is_stray_buffer, split_name
 from layerprune.model.tensors import StoredTensor, read_checkpoint
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_READ_AT_ONCE = 64 << 20
 
 Slot = tuple[dict[str, Any], str, Any]
 """Where a module holds a parameter or buffer: the dictionary, the name in it, the placeholder."""
@@ -116,6 +111,8 @@ class StreamedModel:
                         ahead = ask()
                     yield layer
                     if layer not in self.held:
+                        if self.device.type == "cuda":  # else the next layers pile up behind kernels that wait for this one
+                            torch.cuda.current_stream(self.device).synchronize()
                         self._drop(layer)
             finally:
                 self.held = frozenset()
@@ -143,32 +140,16 @@ class StreamedModel:
         from transformers.modeling_utils import LoadStateDictConfig
 
         model = self.decoder.model
-        found = {name: self._read(tensor) for name, tensor in tensors.items()}
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        found = read_onto(list(tensors.values()), self.device)
+        self.read += sum(tensor.nbytes for tensor in tensors.values())
         settings = LoadStateDictConfig(
             device_map={"": self.device}, dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model)
         )
         try:
-            convert_and_load_state_dict_in_model(model, found, settings)
+            convert_and_load_state_dict_in_model(model, dict(zip(tensors, found, strict=True)), settings)
         except model_errors() as error:
             where = "the rest" if layer is None else f"layer {layer}"
             raise Refused(f"transformers cannot load {where} of {self.folder} by itself: {one_line(error)}") from error
-
-    def _read(self, stored: StoredTensor) -> torch.Tensor:
-        pinned = self.device.type == "cuda"
-        raw = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned)
-        read_into(stored, raw)
-        self.read += stored.nbytes
-        tensor = raw.view(DTYPES[stored.dtype]).view(stored.shape)
-        if not pinned:
-            return tensor
-        side = _side_stream(self.device)
-        with torch.cuda.stream(side):
-            there = tensor.to(self.device, non_blocking=True)
-        side.synchronize()
-        there.record_stream(torch.cuda.default_stream(self.device))
-        return there
 
     def _refuse_shared(self) -> None:
         """Layers that share a tensor, with each other or with what lies outside, do not come and go alone."""
@@ -180,30 +161,6 @@ class StreamedModel:
                         f"{self.folder} cannot be read layer by layer: its layers {owner[id(placeholder)]} and {number} share "
                         f"{name}; load it whole"
                     )
-
-
-def read_into(stored: StoredTensor, raw: torch.Tensor) -> None:
-    """Fill a uint8 tensor with a stored tensor's bytes. Raises Refused where the file ends too soon."""
-    if stored.nbytes == 0:
-        return
-    view = memoryview(raw.numpy())
-    with open(stored.file, "rb", buffering=0) as file:
-        file.seek(stored.begin)
-        at = 0
-        while at < len(view):
-            got = file.readinto(view[at : at + _READ_AT_ONCE])
-            if not got:
-                raise Refused(f"{stored.file} became shorter while it was read")
-            at += got
-
-
-_streams: dict[torch.device, Any] = {}
-
-
-def _side_stream(device: torch.device) -> Any:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
 
 
 def _skeleton(folder: Path, config: Any, dtype: Any, trust_remote_code: bool, stored: int) -> Any:
