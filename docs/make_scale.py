@@ -20,6 +20,7 @@ PAGE = Path(__file__).parent / "scale.md"
 CPU = PAGE.parents[1] / "benchmarks" / "streaming_cpu.json"
 DISK = 3e9
 HOST = 64_000_000_000
+SCRATCH = 1_000_000_000_000
 CARDS: dict[str, tuple[int, Device]] = {
     # 40 % of 165 TFLOP/s: the share that an H100 sustains, of the dense bf16 rate of a consumer card with 24 GB
     "24 GB": (24_000_000_000, replace(DEVICES["h100"], name="24 GB card", forward_rate=0.4 * 165e12)),
@@ -60,15 +61,15 @@ def table() -> str:
                 try:
                     cost = plan_streaming(
                         shape, kept, device, name=step, data="c4", samples=256, length=2048, memory=memory, ram=HOST,
-                        disk_rate=DISK, heads=heads, active=active,
+                        disk_rate=DISK, heads=heads, active=active, scratch=SCRATCH,
                     )  # fmt: skip
                 except Refused as refusal:
                     rows.append(f"| {model} | {card} | {step} | does not fit: {str(refusal).split(': ')[1]} | | | | | |")
                     continue
                 plan = cost.plan
-                where = "GPU" if plan.place != "cpu" else "host"
-                held = plan.fixed + (plan.states if where == "GPU" else 0)
-                states = f"{plan.states / 1e9:.1f} GB, {where}"
+                held = plan.fixed + plan.here
+                places = ((plan.here, "GPU"), (plan.host, "host"), (plan.file, "file"))
+                states = " + ".join(f"{size / 1e9:.1f} GB {place}" for size, place in places if size)
                 rows.append(
                     f"| {model} | {card} | {step} | {len(plan.groups)} | {plan.read / 1e9:,.0f} GB | {states} "
                     f"| {held / 1e9:.1f} GB | {_time(cost.read_hours)} | {_time(cost.compute_hours)} |"
@@ -97,8 +98,9 @@ def measured() -> str:
     names = {"read": "all layers brought in, nothing computed", "rank": "rank", "sweep": "loss at all depths, last n"}
     for key, name in names.items():
         one = record[key]
-        parts = re.search(r"([\d.]+) GB of states .* beside ([\d.]+) GB", " ".join(one["plan"]))
-        planned = "" if parts is None else f"{(float(parts[1]) + float(parts[2])) * 1e9 / 2**30:.2f} GiB"
+        told = " ".join(one["plan"])
+        sizes = [float(n) for n in re.findall(r"([\d.]+) GB (?:in host memory|of states|of weights)", told)]
+        planned = f"{sum(sizes) * 1e9 / 2**30:.2f} GiB" if sizes else ""
         rows.append(
             f"| {name} | {one['passes']} | {one['read_of_checkpoint']:.3f} | {planned} | {one['rss_peak'] / 2**30:.2f} GiB "
             f"| {one['seconds']:.0f} |"

@@ -20,6 +20,7 @@ from layerprune.model.budget import Budget
 from layerprune.model.cuts import Kept, describe_dropped
 from layerprune.model.data import batches
 from layerprune.model.errors import Refused
+from layerprune.model.files import free_disk
 from layerprune.model.layermajor import layer_major, sizes_of, working_bytes
 from layerprune.model.layerwise import Batch, State
 from layerprune.model.passfile import PassFile
@@ -122,7 +123,15 @@ class Stream:
         shapes = [(ids_BT.shape[0], ids_BT.shape[1]) for ids_BT, _ in batches]
         working = working_bytes(streamed.decoder, max(rows * tokens for rows, tokens in shapes))
         working += logit_budget(streamed.device.type)
-        plan = plan_passes(sizes_of(streamed), tree, shapes, memory=self.budget.memory, ram=self.budget.ram, working=working)
+        plan = plan_passes(
+            sizes_of(streamed),
+            tree,
+            shapes,
+            memory=self.budget.memory,
+            ram=self.budget.ram,
+            working=working,
+            scratch=free_disk(self.keep),
+        )
         self.say(f"{what}: {plan.line()}")
         questions_of: dict[int, Asked] = {}
         found: dict[int, list[Answer | None]] = {}
@@ -176,7 +185,9 @@ class Stream:
         branches.applications += tree.applications * len(batches)
         steps = len(plan.groups) * len(used_layers(tree))
         with progress_bar(steps, f"{what}, {len(kept)} depths", "layer", self.progress) as bar:
-            layer_major(streamed, tree, batches, plan, see, broken=broken, done=over, progress=bar.update, keep=file)
+            layer_major(
+                streamed, tree, batches, plan, see, broken=broken, done=over, progress=bar.update, keep=file, scratch=self.keep
+            )
 
 
 def _losses(stream: Stream, sequences: Sequence[Sequence[int]], store: Answers) -> dict[Kept, dict[str, Any]]:
@@ -190,9 +201,7 @@ def _losses(stream: Stream, sequences: Sequence[Sequence[int]], store: Answers) 
         def asked(number: int, rows: list[list[int]] = rows, made: Any = made) -> Asked:
             return questions([sequences[i] for i in rows[number]], made[number].ids_BT.shape[1])
 
-        def take(
-            number: int, value_AN: torch.Tensor, _: Any, rows: list[list[int]] = rows, kept: tuple[Kept, ...] = kept
-        ) -> None:
+        def take(number: int, value_AN: torch.Tensor, _: Any, rows: list[list[int]] = rows, kept: tuple[Kept, ...] = kept) -> None:
             own = [sequences[i] for i in rows[number]]
             store.add(kept, [keys[i] for i in rows[number]], summed_nats(value_AN, own))
 

@@ -181,3 +181,11 @@ def must_have_room(out: Path, need: float, held: int = 0) -> None:
             f"the disk is full: {out} needs {need / factor:.2f} {unit} and {room / factor:.2f} {unit} are free; give another "
             "--out or free some space"
         )
+
+
+def free_disk(folder: Path | None) -> int:
+    """Bytes that may be written to a folder that need not exist yet, a tenth left to others; 0 for none."""
+    if folder is None:
+        return 0
+    there = next((parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir()), Path("/"))
+    return int(0.9 * shutil.disk_usage(there).free)

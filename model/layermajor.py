@@ -10,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from layerprune.model.decoder import Decoder, forward_logits, replaced_forwards, virtual_cut, width_of
 from layerprune.model.errors import Refused, model_errors, one_line
 from layerprune.model.layerwise import Batch, Layerwise, State
-from layerprune.model.passfile import PassFile
+from layerprune.model.passfile import Brought, PassFile
 from layerprune.model.passplan import PassPlan, Sizes, later, nodes_below, nodes_of, used_layers
+from layerprune.model.shelf import Shelf, Waiting
 from layerprune.model.stream import StreamedModel
 from layerprune.model.tree import CutTree, Node
 
@@ -56,6 +60,7 @@ def layer_major(
     done: Callable[[Sequence[int]], None] = lambda group: None,
     progress: Callable[[int], None] = lambda layers: None,
     keep: PassFile | None = None,
+    scratch: Path | None = None,
 ) -> None:
     """Run batches (ids, mask) through the tree, layer by layer, a pass for each group of the plan.
 
@@ -63,7 +68,8 @@ def layer_major(
     broken: told which branches cannot be run, and why; without it Refused is raised then. done: told the
     batches of each group when its pass is over. progress: told of each layer. The states that `see` gets are equal to those
     of `CutTree.walk`, to the bit, at equal shapes. keep: where a pass that is killed leaves its states; the next call for the
-    same goes on with the layer after them, and `see` is not told again of what it was told before.
+    same goes on with the layer after them, and `see` is not told again of what it was told before. scratch: a folder for the
+    states that the plan puts into a file.
     """
     layers = used_layers(tree)
     at: dict[int, list[tuple[Node, Node | None]]] = {layer: [] for layer in layers}
@@ -72,11 +78,11 @@ def layer_major(
     for node in nodes_of(tree):
         for child in node.children:
             at[child.layer].append((child, node))
-    place = streamed.device if plan.place != "cpu" else torch.device("cpu")
     gone: set[int] = set()
     checked = False
     for group in plan.groups:
-        walk = _Walk(streamed, plan.hold, place, see, broken, gone)
+        shelf = Shelf(streamed.device, *plan.rooms, scratch if plan.file else None)
+        walk = _Walk(streamed, plan.hold, shelf, see, broken, gone)
         identity = _identity(tree, plan, [batches[number] for number in group])
         before = None if keep is None else keep.load(identity, group)
         if before is not None and not walk.can_restore(tree, group, before[2]):
@@ -85,7 +91,7 @@ def layer_major(
         if before is not None:
             ahead = [layer for layer in layers if layer > before[0]]
             progress(len(layers) - len(ahead))
-        with contextlib.closing(streamed.layers(ahead, plan.hold)) as stream:
+        with contextlib.closing(shelf), contextlib.closing(streamed.layers(ahead, plan.hold)) as stream:
             for layer in stream:
                 if walk.layerwise is None:
                     # it looks at what the first layer returns
@@ -136,17 +142,15 @@ class _Walk:
     """One pass: the states that wait, by node and batch, with how many layers still want them."""
 
     def __init__(
-        self, streamed: StreamedModel, hold: Sequence[int], place: torch.device, see: Seen,
+        self, streamed: StreamedModel, hold: Sequence[int], shelf: Shelf, see: Seen,
         broken: Callable[[tuple[int, ...], str], None] | None, gone: set[int],
     ) -> None:  # fmt: skip
-        self.streamed, self.hold, self.place, self.see, self.broken, self.gone = streamed, hold, place, see, broken, gone
+        self.streamed, self.hold, self.shelf, self.see, self.broken, self.gone = streamed, hold, shelf, see, broken, gone
         self.layerwise: Layerwise | None = None
         self.batches: dict[int, Batch] = {}
-        self.waiting: dict[tuple[int, int], tuple[State, int]] = {}
+        self.waiting: dict[tuple[int, int], tuple[Waiting, dict[int, Any], int]] = {}
 
-    def begin(
-        self, number: int, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, roots: Sequence[Node], again: bool
-    ) -> None:
+    def begin(self, number: int, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, roots: Sequence[Node], again: bool) -> None:
         """Record what the model hands its layers; with `again` the states come from a file."""
         assert self.layerwise is not None
         batch = self.batches[number] = self.layerwise.begin(ids_BT, mask_BT)
@@ -157,17 +161,18 @@ class _Walk:
         self.see(number, batch, None, state)
         self._part(number, 0, roots, state)
 
-    def states(self, tree: CutTree, group: Sequence[int]) -> dict[str, torch.Tensor] | None:
+    def states(self, tree: CutTree, group: Sequence[int]) -> dict[str, Brought] | None:
         """The states that wait, by the layers behind them, their batch's position, and how many layers want them; None where they
         cannot be told: layers of this model hand on more, or a branch broke."""
-        if self.gone or any(state.shared for state, _ in self.waiting.values()):
+        if self.gone or any(shared for _, shared, _ in self.waiting.values()):
             return None
         names = _names(tree)
         return {
-            f"{names[key]}/{group.index(number)}/{left}": state.hidden for (key, number), (state, left) in self.waiting.items()
+            f"{names[key]}/{group.index(number)}/{left}": Brought(w.dtype, w.shape, w.nbytes, partial(self.shelf.host_copy, w))
+            for (key, number), (w, _, left) in self.waiting.items()
         }
 
-    def can_restore(self, tree: CutTree, group: Sequence[int], states: Mapping[str, torch.Tensor]) -> bool:
+    def can_restore(self, tree: CutTree, group: Sequence[int], states: Mapping[str, Brought]) -> bool:
         """Whether these are states of this tree, and the same ones of every batch."""
         known = set(_names(tree).values())
         by_batch: dict[str, set[str]] = {}
@@ -178,22 +183,21 @@ class _Walk:
                 return False
         return set(by_batch) == {str(p) for p in range(len(group))} and len({frozenset(own) for own in by_batch.values()}) == 1
 
-    def restore(self, tree: CutTree, group: Sequence[int], states: Mapping[str, torch.Tensor]) -> None:
+    def restore(self, tree: CutTree, group: Sequence[int], states: Mapping[str, Brought]) -> None:
         keys = {name: key for key, name in _names(tree).items()}
-        for told, hidden in states.items():
+        for told, brought in states.items():
             name, position, left = told.split("/")
-            self.waiting[keys[name], group[int(position)]] = (State(hidden.to(self.place), {}), int(left))
+            state = brought.bring().to(self.streamed.device)
+            self.waiting[keys[name], group[int(position)]] = (self.shelf.put(state), {}, int(left))
 
     def wake(self, number: int, node: Node, parent: Node | None) -> None:
         key = (0 if parent is None else id(parent), number)
         if id(node) in self.gone or key not in self.waiting:
             return
-        state, left = self.waiting.pop(key)
+        waiting, shared, left = self.waiting.pop(key)
         if left > 1:
-            self.waiting[key] = (state, left - 1)
-        if state.hidden.device != self.streamed.device:
-            state = State(state.hidden.to(self.streamed.device), state.shared)
-        self._run(number, node, state)
+            self.waiting[key] = (waiting, shared, left - 1)
+        self._run(number, node, State(self.shelf.get(waiting, last=left == 1), shared))
 
     def _run(self, number: int, node: Node, state: State) -> None:
         batch = self.batches[number]
@@ -221,7 +225,7 @@ class _Walk:
                 self._run(number, child, state)
         wanted = later(children, self.hold)
         if wanted:
-            self.waiting[key, number] = (State(state.hidden.to(self.place), state.shared), wanted)
+            self.waiting[key, number] = (self.shelf.put(state.hidden), state.shared, wanted)
 
 
 @torch.no_grad()

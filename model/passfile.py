@@ -8,17 +8,30 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from layerprune.model.errors import Refused
 from layerprune.model.feed import DTYPES, read_into
-from layerprune.model.tensors import read_header
+from layerprune.model.tensors import StoredTensor, read_header
 
 Tensors = dict[str, torch.Tensor]
 Take = Callable[[Sequence[int]], Tensors]
 Put = Callable[[Sequence[int], Tensors], None]
+
+
+@dataclass(frozen=True)
+class Brought:
+    """A tensor that is brought into host memory only when it is wanted."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    nbytes: int
+    bring: Callable[[], torch.Tensor]
+
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHARE = 0.05
@@ -43,11 +56,13 @@ class PassFile:
     def due(self) -> bool:
         return not self._closed and time.monotonic() - self._saved_at >= max(self.seconds, self._cost / _SHARE)
 
-    def save(self, identity: str, group: Sequence[int], layer: int, length: int | None, states: Tensors) -> None:
+    def save(
+        self, identity: str, group: Sequence[int], layer: int, length: int | None, states: Mapping[str, torch.Tensor | Brought]
+    ) -> None:
         """After `layer`; length: what `Layerwise` found out about the layers' output."""
         started = time.monotonic()
         told = {"identity": self._digest(identity), "layer": str(layer), "length": json.dumps(length)}
-        tensors = {f"state/{name}": t for name, t in states.items()}
+        tensors: dict[str, torch.Tensor | Brought] = {f"state/{name}": t for name, t in states.items()}
         tensors |= {f"found/{name}": t for name, t in self.take(group).items()}
         try:
             write_tensors(self.path, tensors, told)
@@ -58,14 +73,17 @@ class PassFile:
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - started
 
-    def load(self, identity: str, group: Sequence[int]) -> tuple[int, int | None, Tensors] | None:
-        """(layer, length, states) of this very pass, with what was found given back; None where there is none to go on with."""
-        found = read_tensors(self.path)
+    def load(self, identity: str, group: Sequence[int]) -> tuple[int, int | None, dict[str, Brought]] | None:
+        """(layer, length, states) of this very pass, with what was found given back; None where there is none to go on with.
+
+        The states are read one by one, when they are asked for.
+        """
+        found = open_tensors(self.path)
         if found is None or found[0].get("identity") != self._digest(identity):
             return None
         told, tensors = found
         states = {name.removeprefix("state/"): t for name, t in tensors.items() if name.startswith("state/")}
-        self.put(group, {name.removeprefix("found/"): t for name, t in tensors.items() if name.startswith("found/")})
+        self.put(group, {name.removeprefix("found/"): t.bring() for name, t in tensors.items() if name.startswith("found/")})
         return int(told["layer"]), json.loads(told["length"]), states
 
     def remove(self) -> None:
@@ -76,7 +94,7 @@ class PassFile:
         return hashlib.blake2b(f"{self.key}\n{identity}".encode(), digest_size=16).hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], told: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | Brought], told: Mapping[str, str]) -> None:
     """A safetensors file that appears in one step; one tensor at a time is brought to the host. OSError is let through."""
     header: dict[str, object] = {"__metadata__": dict(told)}
     at = 0
@@ -93,25 +111,39 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], told: Mapping
         with open(made, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in tensors.values():
-                if tensor.numel():
-                    file.write(memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()))
+                if tensor.nbytes:
+                    own = tensor.bring() if isinstance(tensor, Brought) else tensor
+                    file.write(memoryview(own.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()))
         os.replace(made, path)
     finally:
         made.unlink(missing_ok=True)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, str], Tensors] | None:
-    """The metadata and tensors of such a file, read and not mapped; None for one that is not there or not whole."""
+def open_tensors(path: Path) -> tuple[dict[str, str], dict[str, Brought]] | None:
+    """The metadata and tensors of such a file, none read yet; None for one that is not there or not whole."""
     if not path.is_file():
         return None
     try:
         with open(path, "rb") as file:
             told = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
-        tensors: Tensors = {}
-        for name, stored in read_header(path).items():
-            raw = torch.empty(stored.nbytes, dtype=torch.uint8)
-            read_into(stored, 0, raw)
-            tensors[name] = raw.view(DTYPES[stored.dtype]).view(stored.shape)
-        return told, tensors
-    except (OSError, ValueError, KeyError, Refused, MemoryError):
+        return told, {
+            name: Brought(DTYPES[stored.dtype], torch.Size(stored.shape), stored.nbytes, partial(_bring, stored))
+            for name, stored in read_header(path).items()
+        }
+    except (OSError, ValueError, KeyError, Refused):
         return None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], Tensors] | None:
+    """The metadata and tensors of such a file, read and not mapped; None for one that is not there or not whole."""
+    found = open_tensors(path)
+    try:
+        return None if found is None else (found[0], {name: tensor.bring() for name, tensor in found[1].items()})
+    except (OSError, Refused, MemoryError):
+        return None
+
+
+def _bring(stored: StoredTensor) -> torch.Tensor:
+    raw = torch.empty(stored.nbytes, dtype=torch.uint8)
+    read_into(stored, 0, raw)
+    return raw.view(DTYPES[stored.dtype]).view(stored.shape)

@@ -32,37 +32,57 @@ class Sizes:
 class PassPlan:
     """How a streamed computation is done, in bytes.
 
-    hold: layers that stay in memory during a pass. groups: the batches (by number) of each pass over the checkpoint. place:
-    where states lie between layers, `cpu` or the device. read: from the files, over all passes. fixed: what is in memory
-    whatever the batches are; states: what the states of the largest group take. most: states of one token at once.
+    hold: layers that stay in memory during a pass. groups: the batches (by number) of each pass over the checkpoint. read: from
+    the weight files, over all passes. fixed: what is in memory whatever the batches are, of the GPU where there is one. here,
+    host, file: what the states of the largest group take between layers on the device, in host memory and in a scratch file
+    (on a CPU nothing lies `here`). rooms: what may be taken of the first two. traffic: bytes to and from the scratch file, over all
+    passes. most: states of one token at once.
     """
 
     hold: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
-    place: str
     read: int
     fixed: int
-    states: int
+    here: int
+    host: int
+    file: int
+    rooms: tuple[int, int]
+    traffic: int
     most: int
+
+    @property
+    def states(self) -> int:
+        """Bytes of the states of the largest group, wherever they lie."""
+        return self.here + self.host + self.file
 
     def line(self) -> str:
         """The plan in one line, for people."""
         passes = "1 pass" if len(self.groups) == 1 else f"{len(self.groups)} passes"
         held = "" if not self.hold else f", layer {', '.join(map(str, self.hold))} held"
+        places = ((self.here, "GPU memory"), (self.host, "host memory"), (self.file, "a scratch file"))
+        where = [f"{size / 1e9:.2f} GB in {place}" for size, place in places if size] or ["none"]
+        moved = f" ({self.traffic / 1e9:.2f} GB to and from it)" if self.file else ""
         return (
             f"layer by layer: {passes} over the checkpoint, {self.read / 1e9:.2f} GB read{held}; "
-            f"{self.states / 1e9:.2f} GB of states at once in {'host' if self.place == 'cpu' else 'GPU'} memory, beside "
-            f"{self.fixed / 1e9:.2f} GB of weights and working memory"
+            f"states at once: {', '.join(where)}{moved}; beside {self.fixed / 1e9:.2f} GB of weights and working memory"
         )
 
 
 def plan_passes(
-    sizes: Sizes, tree: CutTree, shapes: Sequence[Shape], *, memory: int | None, ram: int, working: int
+    sizes: Sizes,
+    tree: CutTree,
+    shapes: Sequence[Shape],
+    *,
+    memory: int | None,
+    ram: int,
+    working: int,
+    scratch: int = 0,
 ) -> PassPlan:
-    """Group batches so that a pass fits in memory.
+    """Group batches so that a pass fits: their states on the device, then in host memory, then in a scratch file.
 
     memory: bytes of the GPU that may be used, None on a CPU. ram: of the host's memory. working: bytes that computing one
-    batch takes beside its states (activations, logits). Raises Refused when the largest batch does not fit.
+    batch takes beside its states (activations, logits). scratch: of disk; it is used where it saves reading more of the
+    checkpoint again than goes to and from it. Raises Refused when the largest batch does not fit.
     """
     layers = used_layers(tree)
     last = max(layers)
@@ -71,44 +91,58 @@ def plan_passes(
     most = stored_states(tree, hold)
     weights = sizes.rest + sum(sizes.layers[i] for i in hold) + 2 * max(sizes.layers[i] for i in layers)
     arriving = max(sizes.stored[i] for i in layers)
-
-    def of(shape: Shape) -> int:
-        rows, tokens = shape
-        return rows * tokens * sizes.itemsize * (most * sizes.width + tokens)  # and a mask, where rows are padded
-
-    needs = [of(shape) for shape in shapes]
-    whole = sum(needs)
-    if memory is not None:
-        fixed = weights + arriving + working
-        host = PROCESS_BYTES + 2 * arriving
-        spare_here, spare_there = memory - fixed, ram - host
-        place = "cuda" if whole <= spare_here or spare_here >= spare_there else "cpu"
-        spare = spare_here if place == "cuda" else spare_there
-        option, given = ("--memory", memory) if spare_here < 0 or place == "cuda" else ("--ram", ram)
-        if spare_here < 0:
-            spare = spare_here
-        elif spare_there < 0:  # what arrives goes through the host
-            spare, option, given = spare_there, "--ram", ram
-    else:
+    each = sum(sizes.stored[i] for i in layers)
+    # a state as wide as its tokens stands for a mask, where rows are padded
+    need = [rows * tokens * sizes.itemsize * (most * sizes.width + tokens) for rows, tokens in shapes]
+    largest = max(need, default=0)
+    if memory is None:
         fixed = weights + arriving + working + PROCESS_BYTES
-        place, spare, option, given = "cpu", ram - fixed, "--ram", ram
-    if not needs or max(needs) > spare:
-        least = given - spare + max(needs, default=0)
+        here, host = 0, ram - fixed
+    else:
+        fixed = weights + arriving + working
+        here, host = memory - fixed, ram - PROCESS_BYTES - 2 * arriving  # what arrives goes through the host
+    # a state lies in one place as a whole
+    odd = max((rows * tokens * sizes.width * sizes.itemsize for rows, tokens in shapes), default=0) if here and host else 0
+    room = max(0, here) + max(0, host) - odd if min(here, host) > 0 else max(here, host)
+    short = here < 0 or host < 0
+    if not need or short or largest > room + scratch:
+        option, given, spare = "--ram", ram, host
+        if memory is not None and (here < 0 or host >= 0 and largest > room and here > host):
+            option, given, spare = "--memory", memory, here
+        least = given - spare + (largest if not short or memory is None else 0)
         raise Refused(
             f"{option} {given / 2**30:.2f}GiB is too little for this model layer by layer: use at least "
             f"{math.ceil(least / 2**30 * 100) / 100:.2f}GiB, fewer depths or a smaller --length"
         )
-    groups: list[list[int]] = [[]]
-    used = 0
-    for number, need in enumerate(needs):
-        if groups[-1] and used + need > spare:
-            groups.append([])
-            used = 0
-        groups[-1].append(number)
-        used += need
-    each = sum(sizes.stored[i] for i in layers)
-    largest = max(sum(needs[i] for i in group) for group in groups)
-    return PassPlan(hold, tuple(map(tuple, groups)), place, each * len(groups), fixed, largest, most)
+    moved = _traffic(tree, hold)
+
+    def made(limit: int) -> PassPlan:
+        groups: list[list[int]] = [[]]
+        used = 0
+        for number, size in enumerate(need):
+            if groups[-1] and used + size > limit:
+                groups.append([])
+                used = 0
+            groups[-1].append(number)
+            used += size
+        sums = [sum(need[i] for i in group) for group in groups]
+        beyond = sum(max(0, size - room) for size in sums)
+        at = max(sums)
+        own = (min(at, max(0, here)), min(max(0, at - max(0, here)), max(0, host)))
+        return PassPlan(
+            hold, tuple(map(tuple, groups)), each * len(groups), fixed, *own, at - sum(own) if at > room else 0,
+            (max(0, here), max(0, host)), beyond * moved // most, most,
+        )  # fmt: skip
+
+    plans = [made(limit) for limit in dict.fromkeys((room, room + scratch)) if limit >= largest]
+    return min(plans, key=lambda plan: plan.read + plan.traffic)
+
+
+def _traffic(tree: CutTree, hold: Sequence[int]) -> int:
+    """How often a state of a batch is put away or fetched, in a pass in which all of them are."""
+    ends = [tree.roots, *(node.children for node in nodes_of(tree) if node.layer not in hold)]
+    wanted = [later(children, hold) for children in ends]
+    return sum(count > 0 for count in wanted) + sum(wanted)
 
 
 def used_layers(tree: CutTree) -> list[int]:

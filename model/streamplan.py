@@ -46,13 +46,14 @@ def sizes_of_shape(shape: Shape, weight_bytes: float, stored_bytes: float) -> Si
 
 def plan_streaming(
     shape: Shape, kept: Sequence[Kept], device: Device, *, name: str, data: str, samples: int, length: int | None,
-    memory: int | None, ram: int, disk_rate: float, heads: bool, stored_bytes: float = 2.0, active: float = 1.0,
+    memory: int | None, ram: int, disk_rate: float, heads: bool, scratch: int = 0, stored_bytes: float = 2.0, active: float = 1.0,
 ) -> StreamCost:  # fmt: skip
     """What one streamed step over `samples` documents will take.
 
-    disk_rate: bytes a second. heads: whether logits are computed at the end of each branch. active: the share of a layer's
-    parameters that a token uses (a mixture of experts). Documents count as `layerprune.model.estimate` counts them; one
-    longer than its mean stands for several. Raises Refused where a batch does not fit.
+    disk_rate: bytes a second, of the checkpoint's disk and of the scratch file's, whose size is at most `scratch`. heads:
+    whether logits are computed at the end of each branch. active: the share of a layer's parameters that a token uses (a
+    mixture of experts). Documents count as `layerprune.model.estimate` counts them; one longer than its mean stands for
+    several. Raises Refused where a batch does not fit.
     """
     sizes = sizes_of_shape(shape, device.weight_bytes, stored_bytes)
     tree = CutTree(kept, shape.layers)
@@ -62,10 +63,10 @@ def plan_streaming(
     count = -(-samples // rows)
     working = rows * width * (4 * shape.hidden + 3 * min(mlp_width(shape), 8 * shape.hidden)) * sizes.itemsize
     working += (LOGIT_BYTES if memory is not None else CPU_LOGIT_BYTES) if heads else 0
-    plan = plan_passes(sizes, tree, [(rows, width)] * count, memory=memory, ram=ram, working=working)
+    plan = plan_passes(sizes, tree, [(rows, width)] * count, memory=memory, ram=ram, working=working, scratch=scratch)
     layer = sizes.layers[0] / device.weight_bytes * active
     flops = 2.0 * tokens * (layer * tree.applications + (shape.vocab * shape.hidden * tree.heads if heads else 0))
-    read = (plan.read + sizes.rest / device.weight_bytes * stored_bytes) / disk_rate
+    read = (plan.read + plan.traffic + sizes.rest / device.weight_bytes * stored_bytes) / disk_rate
     return StreamCost(name, plan, flops, read / 3600, flops / device.forward_rate / 3600)
 
 

@@ -252,7 +252,7 @@ def rank_from_disk(
 
         before = streamed.read
         distance, plan = rank_streamed(streamed, sequences, budget, pad_id=pad_id, say=say, progress=progress, keep=keep)
-        passes = {"passes": len(plan.groups), "bytes_read": streamed.read - before, "states_in": plan.place}
+        passes = {"passes": len(plan.groups), "bytes_read": streamed.read - before, "scratch": plan.file}
         return distance, {"streamed": passes}
 
     return _rank(streamed.decoder, tokenizer, settings, source, measure, seed, progress)

@@ -14,6 +14,7 @@ import torch
 from layerprune.model.budget import Budget
 from layerprune.model.data import batches
 from layerprune.model.decoder import states_BTD
+from layerprune.model.files import free_disk
 from layerprune.model.layermajor import layer_major, sizes_of, working_bytes
 from layerprune.model.layerwise import Batch, State
 from layerprune.model.passfile import PassFile, read_tensors, write_tensors
@@ -49,7 +50,9 @@ def rank_streamed(
     tree = CutTree([tuple(range(layers))], layers)
     shapes = [(batch.ids_BT.shape[0], batch.ids_BT.shape[1]) for batch in made]
     working = working_bytes(decoder, max((rows * tokens for rows, tokens in shapes), default=0))
-    plan = plan_passes(sizes_of(streamed), tree, shapes, memory=budget.memory, ram=budget.ram, working=working)
+    plan = plan_passes(
+        sizes_of(streamed), tree, shapes, memory=budget.memory, ram=budget.ram, working=working, scratch=free_disk(keep)
+    )
     say(plan.line())
     total = DistanceSum(layers)
     picked: dict[int, list[Any]] = {}
@@ -80,7 +83,7 @@ def rank_streamed(
                 put(group, before[1])
                 bar.update(layers)
                 continue
-            layer_major(streamed, tree, inputs, replace(plan, groups=(group,)), see, progress=bar.update, keep=file)
+            layer_major(streamed, tree, inputs, replace(plan, groups=(group,)), see, progress=bar.update, keep=file, scratch=keep)
             if whole is not None and len(plan.groups) > 1:
                 with contextlib.suppress(OSError):  # then this pass is done again after a kill
                     write_tensors(whole, take(group), {})

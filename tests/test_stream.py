@@ -441,7 +441,7 @@ def test_a_file_is_written_only_now_and_then(tmp_path: Path) -> None:
     assert not file.due() or file._cost == 0  # twenty times what writing took must pass first
     assert file.load("other", (0,)) is None
     found = file.load("same", (0,))
-    assert found is not None and found[:2] == (3, None) and torch.equal(found[2]["x"], torch.ones(2))
+    assert found is not None and found[:2] == (3, None) and torch.equal(found[2]["x"].bring(), torch.ones(2))
     assert not PassFile(tmp_path / "b", "key", nothing, nothing).due()
     told: list[str] = []
     (tmp_path / "c").write_text("a file where the folder should be")
@@ -451,11 +451,94 @@ def test_a_file_is_written_only_now_and_then(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["rank", "loss"])
+def test_states_that_no_memory_holds_lie_in_a_file(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """One pass instead of six, with the same numbers; a kill leaves no scratch file, and the pass goes on."""
+    from layerprune.model import passfile, shelf
+
+    streamed = StreamedModel(sharded, device="cpu", dtype="float32")
+    kept, asked = cuts(6), sequences(100, (20,) * 6)
+    monkeypatch.setattr("layerprune.eval.streamed.token_budget", lambda kind: 20)
+    monkeypatch.setattr("layerprune.eval.streamed.logit_budget", lambda kind: 1 << 20)
+    tree = CutTree(kept, 6) if what == "loss" else CutTree([tuple(range(6))], 6)
+    working = working_bytes(streamed.decoder, 20) + ((1 << 20) if what == "loss" else 0)
+    need = plan_passes(sizes_of(streamed), tree, [(1, 20)] * 6, memory=None, ram=8 << 30, working=working)
+    small = Budget(None, need.fixed + need.states // 6 + 256)
+    folder = tmp_path / "pass"
+    said: list[str] = []
+
+    def call(budget: Budget, keep: Path | None) -> Any:
+        if what == "rank":
+            return rank_streamed(streamed, asked, budget, max_tokens=20, keep=keep, say=said.append)[0]
+        return sweep_streamed(streamed, None, kept, budget, sequences=asked, keep=keep, say=said.append)
+
+    used: list[dict[str, int]] = []
+    close = shelf.Shelf.close
+    monkeypatch.setattr(shelf.Shelf, "close", lambda self: (used.append(dict(self.most)), close(self))[1])
+    expected = call(small, None)
+    assert "6 passes" in said[-1] and all(most["file"] == 0 for most in used)
+    used.clear()
+    before = streamed.read
+    assert call(small, folder) == expected
+    assert "1 pass " in said[-1] and "in a scratch file" in said[-1]
+    held = streamed.stored_bytes(5) if what == "loss" else 0
+    assert streamed.read - before == sum(streamed.stored_bytes(i) for i in range(6 if not held else 5)) + held
+    (most,) = used
+    plan = plan_passes(sizes_of(streamed), tree, [(1, 20)] * 6, memory=None, ram=small.ram, working=working, scratch=1 << 40)
+    assert 0 < most["host"] <= plan.rooms[1] and 0 < most["file"] <= plan.file
+    monkeypatch.setattr(passfile.PassFile, "due", lambda self: True)
+    save = passfile.PassFile.save
+
+    def killed(self: Any, identity: str, group: Any, layer: int, *rest: Any) -> None:
+        save(self, identity, group, layer, *rest)
+        if layer == 2:
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passfile.PassFile, "save", killed)
+        with pytest.raises(Cut):
+            call(small, folder)
+    assert [p.suffix for p in folder.iterdir()] == [".safetensors"]
+    before = streamed.read
+    assert call(small, folder) == expected
+    assert streamed.read - before == sum(streamed.stored_bytes(i) for i in (3, 4, 5))
+
+
+def test_a_full_disk_under_the_scratch_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from layerprune.model.shelf import Shelf
+
+    shelf = Shelf(torch.device("cpu"), 0, 100, tmp_path / "pass")
+    states = [torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(4)]  # 192 bytes each: none fits in 100
+    waiting = [shelf.put(state) for state in states]
+    assert shelf.used == {"device": 0, "host": 0, "file": 4 * 192}
+    assert all(torch.equal(shelf.get(w, last=True), s) for w, s in zip(waiting, states, strict=True))
+    again = shelf.put(states[0].bfloat16().mT)  # another size, and no contiguous memory
+    assert torch.equal(shelf.get(again, last=False), states[0].bfloat16().mT)
+    more = shelf.put(states[1])
+    assert more.held in {w.held for w in waiting}, "room in the file is used again"
+
+    def full(*given: Any) -> int:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(Refused, match="the disk is full"):
+        shelf.put(states[2])
+    shelf.close()
+    assert list((tmp_path / "pass").iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["rank", "loss"])
 def test_a_kill_in_a_later_pass_keeps_the_earlier_ones(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """The batches that are left are numbered anew then."""
     from layerprune.model import passfile
+
+    for room in ("layerprune.eval.streamed", "layerprune.prune.rank_streamed"):
+        monkeypatch.setattr(f"{room}.free_disk", lambda folder: 0)  # else a scratch file would make one pass of it
 
     streamed = StreamedModel(sharded, device="cpu", dtype="float32")
     kept, asked = cuts(6), sequences(100, (20,) * 6)
@@ -551,7 +634,5 @@ def test_tasks_that_generate_are_refused_before_anything_is_read(run_inputs: Pat
     streamed, tokenizer = StreamedModel(run_inputs / "model", device="cpu"), load_tokenizer(run_inputs / "model")
     before = streamed.read
     with pytest.raises(Refused, match="generates text"):
-        sweep_streamed(
-            streamed, tokenizer, cuts(8), PLENTY, tasks=load_tasks({"gen": 0}, tmp_path, 0), sequences=sequences(300)
-        )
+        sweep_streamed(streamed, tokenizer, cuts(8), PLENTY, tasks=load_tasks({"gen": 0}, tmp_path, 0), sequences=sequences(300))
     assert streamed.read == before
