@@ -27,7 +27,8 @@ from record import commit, write_record
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from layerprune.heal.linear import stand_in
-from layerprune.heal.memory import GIB, Planner, context_bytes
+from layerprune.heal.memory import GIB, context_bytes
+from layerprune.heal.planner import Planner
 from layerprune.heal.quantise import add_lora
 from layerprune.heal.settings import heal_settings
 from layerprune.heal.student import Student, Teaching

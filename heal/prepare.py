@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from layerprune.heal.linear import is_packed, stand_in
-from layerprune.heal.memory import Memory, Planner, apply_plan, plan_on_cpu, trained_layers
+from layerprune.heal.memory import Memory, apply_plan, plan_on_cpu, trained_layers
 from layerprune.heal.merge import Stored, locate, quantised_linears
+from layerprune.heal.planner import Planner
 from layerprune.heal.quantise import add_lora, compute_dtype, load_quantised, quiet_warnings, unquantised
 from layerprune.heal.settings import Healing, divisors
 from layerprune.heal.student import Student, Teaching

@@ -297,7 +297,8 @@ def heal(
 
     Under `accelerate launch -m layerprune heal ...` on as many GPUs as that starts processes.
     """
-    from layerprune.heal.train import format_healing, heal_checkpoint
+    from layerprune.heal.telling import format_healing
+    from layerprune.heal.train import heal_checkpoint
     from layerprune.heal.world import is_first, leave
     from layerprune.steps import default_folder
 

@@ -222,7 +222,7 @@ def set_up(
     if folder is not None and not Path(folder).is_dir():
         raise UsageError(f"the task folder {folder} does not exist")
     if healing is not None:
-        from layerprune.heal.train import check_device
+        from layerprune.heal.checks import check_device
 
         check_device(pick_device(device))
     return Setup(

@@ -153,7 +153,7 @@ class Stages:
 
     def check_healing(self) -> None:
         """Refuse what healing would refuse (the architecture, the targets, the data), before anything is ranked."""
-        from layerprune.heal.train import check_healing
+        from layerprune.heal.checks import check_healing
 
         setup = self.setup
         assert setup.heal is not None
