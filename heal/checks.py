@@ -6,19 +6,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layerprune.heal.kernels import check_kernels
 from layerprune.heal.packing import check_one_sequence
 from layerprune.heal.settings import Healing, heal_settings
 from layerprune.heal.teacher import Teacher, find_teacher
 from layerprune.heal.world import world_size
 from layerprune.model.config import load_config
 from layerprune.model.errors import Refused, UsageError
-from layerprune.model.load import load_tokenizer
+from layerprune.model.load import load_tokenizer, pick_device
 from layerprune.model.memory import byte_count
 from layerprune.model.source import ModelSource
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
 
-def check_healing(source: ModelSource, *, data: str, seed: int = 0, trust_remote_code: bool = False, **settings: Any) -> None:
+def check_healing(
+    source: ModelSource,
+    *,
+    data: str,
+    seed: int = 0,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> None:
     """Refuse what healing `source`, or a cut of it, would refuse; nothing is loaded but the tokenizer and the data.
 
     settings: those of `heal_checkpoint`. A local file is read to its end and must fill one sequence.
@@ -28,6 +37,8 @@ def check_healing(source: ModelSource, *, data: str, seed: int = 0, trust_remote
     check_reports(settings.get("report_to") or ())
     elsewhere = {key: settings.pop(key) for key in ("report_to", "teacher") if key in settings}
     chosen = heal_settings(config, source.recipe, data=data, seed=seed, **settings)
+    if chosen.kernels is not None:
+        check_kernels(config, pick_device(device))
     if "teacher" in elsewhere and not (chosen.distil or chosen.bridge):
         raise UsageError(f"--teacher {elsewhere['teacher']} is for --distil or --bridge: give one of them, or leave it out")
     refuse_quantised(source, config, read_checkpoint(source.folder))

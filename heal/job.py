@@ -77,8 +77,9 @@ class Job:
 
     def train(self) -> None:
         """Pack, load, train; leaves work/adapter and work/trained.json."""
+        from layerprune.heal.kernels import kernels_in_use
         from layerprune.heal.prepare import plan_memory, prepare
-        from layerprune.heal.trainer import save_adapter, train
+        from layerprune.heal.trainer import Sequences, save_adapter, train
 
         settings, work, say = self.settings, self.work, self.say
         tokenizer = load_tokenizer(self.source.folder, self.trust)
@@ -95,19 +96,22 @@ class Job:
         )
         several = int(packed.starts_NT[:64].sum(axis=1).argmax())
         positions = torch.from_numpy(packed.positions(several)) if made.separate else None
-        memory = plan_memory(made, settings, self.device, self.budget, positions, work, say)
-        say(
-            f"{made.trainable:,} trainable parameters in {len(made.where)} linear layers ({', '.join(made.leaves)}); NF4 base, "
-            f"{str(made.compute).removeprefix('torch.')} on {self.device}"
-        )
-        say(plan_line(memory, made.student, settings))
-        losses = train(
-            made.live, made.student, packed, settings, work=work, device=self.device, memory=memory, separate=made.separate,
-            validation=validation, vocab=vocab, say=say, progress=self.progress, report_to=self.report_to,
-            finish=lambda trainer: save_adapter(
-                trainer, made.live, work / "adapter", made.renamed, made.pattern, self.source.hub_id or self.source.name
-            ),
-        )  # fmt: skip
+        row = Sequences(packed, made.separate, {})[several]
+        with kernels_in_use(settings.kernels, made.student, row, made.compute, say) as prove:
+            memory = plan_memory(made, settings, self.device, self.budget, positions, work, say)
+            prove(memory.micro_batch)
+            say(
+                f"{made.trainable:,} trainable parameters in {len(made.where)} linear layers ({', '.join(made.leaves)}); NF4 base, "
+                f"{str(made.compute).removeprefix('torch.')} on {self.device}"
+            )
+            say(plan_line(memory, made.student, settings))
+            losses = train(
+                made.live, made.student, packed, settings, work=work, device=self.device, memory=memory, separate=made.separate,
+                validation=validation, vocab=vocab, say=say, progress=self.progress, report_to=self.report_to,
+                finish=lambda trainer: save_adapter(
+                    trainer, made.live, work / "adapter", made.renamed, made.pattern, self.source.hub_id or self.source.name
+                ),
+            )  # fmt: skip
         about = {
             "losses": {key: losses[key] for key in ("first", "last", "curve")},
             "held_out": losses["held_out"],

@@ -12,6 +12,7 @@ from typing import Any
 
 from layerprune.heal.checks import check_device, check_reports, pick_teacher, refuse_fused, refuse_quantised
 from layerprune.heal.job import Job
+from layerprune.heal.kernels import check_kernels
 from layerprune.heal.prepare import adapter_range, process_device
 from layerprune.heal.publish import publish
 from layerprune.heal.settings import heal_settings
@@ -58,6 +59,7 @@ def heal_checkpoint(
     merge: str | None = None,
     validation: str | None = None,
     validation_samples: int | None = None,
+    kernels: str | None = None,
     memory: str | int | None = None,
     report_to: Sequence[str] = (),
     origins: Mapping[str, str] | None = None,
@@ -78,7 +80,7 @@ def heal_checkpoint(
     peak learning rate 3e-4, LoRA rank 64 = alpha, dropout 0.05, 100 warm-up steps, cosine decay). data: `c4` or a
     file. batch_size: sequences a step; micro_batch: those in memory at once (a divisor of it; None: what fits).
     length: tokens of a packed sequence. targets: linear layers to train, by default all of the MLP's; `mlp`, `attention` or
-    names. tokens: instead of steps. packing, adapters, distil, bridge, merge, validation: as in `Healing`.
+    names. tokens: instead of steps. packing, adapters, distil, bridge, merge, validation, kernels: as in `Healing`.
     teacher: the unpruned model, for distil and bridge; by default the one that the cut's record names.
     memory: bytes of the GPU that may be taken, as a number or as text such as `16GiB`; None for most of what is free.
     report_to: what transformers' Trainer reports to besides: tensorboard, wandb, trackio, ... origins: where settings that a
@@ -130,11 +132,13 @@ def heal_checkpoint(
         config, recipe or source.recipe, data=data, steps=steps, learning_rate=learning_rate, lora_rank=lora_rank,
         dropout=dropout, warmup_steps=warmup_steps, batch_size=batch_size, micro_batch=micro_batch, length=length,
         targets=targets, seed=seed, tokens=tokens, packing=packing, adapters=adapters, distil=distil, bridge=bridge, merge=merge,
-        validation=validation, validation_samples=validation_samples, origins=origins,
+        validation=validation, validation_samples=validation_samples, kernels=kernels, origins=origins,
     )  # fmt: skip
     chosen = process_device(pick_device(device))
     check_device(chosen)
     check_world(settings.batch_size, chosen)
+    if settings.kernels is not None:
+        check_kernels(config, chosen)
     stored = read_checkpoint(source.folder)
     refuse_quantised(source, config, stored)
     check_data(settings.data, "--heal-data", "train", seed)

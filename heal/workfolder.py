@@ -22,7 +22,8 @@ from layerprune.model.source import ModelSource
 def identity_of(source: ModelSource, settings: Healing, device: str, teacher: Teacher | None) -> dict[str, Any]:
     """What decides the trained weights: a started healing is gone on with only if all of it is the same."""
     chosen = settings.record()
-    del chosen["micro_batch"]  # a run that ran out of memory may go on with a smaller one
+    for key in ("micro_batch", "kernels"):  # a run that ran out of memory may go on with others: they differ by rounding
+        del chosen[key]
     return {
         **chosen,
         "data": data_fingerprint(settings.data),
