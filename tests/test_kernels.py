@@ -4,6 +4,7 @@ The package is a stand-in for liger-kernel, which needs Triton: it changes the s
 function of its own for the norm that writes its gradient over the one it is given, as liger's does.
 """
 
+# ruff: noqa: F811 (fixtures of another file)
 from __future__ import annotations
 
 import json
@@ -19,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from click.testing import CliRunner
-from test_student import built, in_float32, made_ready  # noqa: F401 (fixtures)
+from test_student import built, in_float32, made_ready  # noqa: F401
 from torch.nn import functional as F
 from transformers.models.llama import modeling_llama
 
@@ -132,7 +133,7 @@ def same(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> bool:
     return all(a.keys() == b.keys() and all(a[k] is b[k] for k in a) for a, b in zip(before, after, strict=True))
 
 
-def test_all_that_the_package_changes_is_put_back(built: Callable[[str], Path]) -> None:  # noqa: F811
+def test_all_that_the_package_changes_is_put_back(built: Callable[[str], Path]) -> None:
     made = made_ready(built("llama"))
     model = made.student.decoder.model
     before = spaces(model)
@@ -150,7 +151,7 @@ def test_all_that_the_package_changes_is_put_back(built: Callable[[str], Path]) 
 
 def test_what_it_changed_before_it_failed_is_put_back_too(
     built: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = made_ready(built("llama"))
     model = made.student.decoder.model
@@ -167,7 +168,7 @@ def test_what_it_changed_before_it_failed_is_put_back_too(
     assert same(before, spaces(model))
 
 
-def test_one_step_is_the_models_own_loss_and_gradients(built: Callable[[str], Path]) -> None:  # noqa: F811
+def test_one_step_is_the_models_own_loss_and_gradients(built: Callable[[str], Path]) -> None:
     made, row = made_ready(built("llama")), row_of()
     model = made.student.decoder.model.eval()
     logits_TV = model(input_ids=row["input_ids"][None], position_ids=row["position_ids"][None], use_cache=False).logits[0]
@@ -184,7 +185,7 @@ def test_one_step_is_the_models_own_loss_and_gradients(built: Callable[[str], Pa
 
 
 @pytest.mark.parametrize("recomputed", [0, 2, 4])
-def test_right_kernels_are_proven_whatever_is_computed_again(built: Callable[[str], Path], recomputed: int) -> None:  # noqa: F811
+def test_right_kernels_are_proven_whatever_is_computed_again(built: Callable[[str], Path], recomputed: int) -> None:
     made, said = made_ready(built("llama")), list[str]()
     made.student.recomputed = before = frozenset(range(recomputed))
     with kernels_in_use("liger", made.student, row_of(), torch.float32, said.append) as prove:
@@ -194,7 +195,7 @@ def test_right_kernels_are_proven_whatever_is_computed_again(built: Callable[[st
     assert all(float(word) < 1e-4 for line in said for word in line.split() if word[0].isdigit())
 
 
-def test_the_models_own_need_no_proof(built: Callable[[str], Path]) -> None:  # noqa: F811
+def test_the_models_own_need_no_proof(built: Callable[[str], Path]) -> None:
     made, said = made_ready(built("llama")), list[str]()
     with kernels_in_use(None, made.student, row_of(), torch.float32, said.append) as prove:
         prove(3)
@@ -202,7 +203,7 @@ def test_the_models_own_need_no_proof(built: Callable[[str], Path]) -> None:  # 
 
 
 @pytest.mark.parametrize("fault", ["forward", "backward"])
-def test_wrong_kernels_are_refused(built: Callable[[str], Path], fault: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_wrong_kernels_are_refused(built: Callable[[str], Path], fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = made_ready(built("llama"))
     before = spaces(made.student.decoder.model)
     monkeypatch.setattr(Norm, "fault", fault)
@@ -214,7 +215,7 @@ def test_wrong_kernels_are_refused(built: Callable[[str], Path], fault: str, mon
 
 def test_kernels_that_are_wrong_only_as_planned_are_refused(
     built: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = made_ready(built("llama"))
     with kernels_in_use("liger", made.student, row_of(), torch.float32, lambda line: None) as prove:
