@@ -6,7 +6,9 @@ The plain script is what one writes with peft and bitsandbytes: NF4 with double 
 with gradient checkpointing, LoRA on the MLP, transformers' Trainer in bf16, 16 sequences at once. Both train random weights of
 the shape on the same random sequences, so speed and memory are the real ones and the loss is not. `--curve N` also trains N steps
 with each, without dropout and from the same adapters, and compares the losses step by step. `--ways` times the ways to heal a
-cut of a quarter of the layers. Rows of the record at `--out` stay, but those that are measured again.
+cut of a quarter of the layers. `--liger` times one budget with liger-kernel's norms, rotary embeddings and gated MLPs in place of
+the model's own, and both again with layers that are not compiled. Rows of the record at `--out` stay, but those that are
+measured again.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from rank_speed import SHAPES, random_model
 from record import commit, write_record
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from layerprune.heal.kernels import kernels_in_use
 from layerprune.heal.linear import stand_in
-from layerprune.heal.memory import GIB, Planner, context_bytes
+from layerprune.heal.memory import GIB, context_bytes
+from layerprune.heal.planner import Planner
 from layerprune.heal.quantise import add_lora
 from layerprune.heal.settings import heal_settings
 from layerprune.heal.student import Student, Teaching
@@ -37,6 +41,8 @@ from layerprune.model.decoder import view_decoder
 
 WAYS_PRETEND = 300
 """Steps of the run that a way is planned for: compiled, and measured at one size."""
+EAGER_PRETEND = 1
+"""Steps of a run that is too short for layers to be compiled."""
 BLOCK = (21, 29)
 """Layers that are cut for `--ways`: those of Llama-2-7B at a quarter (arXiv 2403.17887)."""
 
@@ -160,8 +166,9 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def ours(
-    shape: str, packed: Packed, settings: Any, budget: int, separate: bool, pretend: int, way: dict[str, Any] | None = None
-) -> dict[str, Any]:
+    shape: str, packed: Packed, settings: Any, budget: int, separate: bool, pretend: int, way: dict[str, Any] | None = None,
+    kernels: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What `layerprune heal --memory` does with the same model, sequences and settings."""
     teaching = None
     if way is not None and "teaching" in way:
@@ -181,37 +188,22 @@ def ours(
     stand_in(live)
     live.train()
     student = Student(decoder, teaching)
-    clock = Clock()
-    started = time.perf_counter()
-    with student.installed():
-        positions = torch.from_numpy(packed.positions(0)) if separate else None
-        planner = Planner(student, settings.length, pretend, settings.batch_size, positions)
-        plan = planner.choose([1, 2, 4, 8, 16], budget, lambda line: print("  " + line, flush=True))
-    chosen = time.perf_counter() - started
-    torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as work:
-        import layerprune.heal.trainer as trainer_module
-
-        watch = trainer_module.Watch
-
-        def both(*args: Any, **kwargs: Any) -> Any:
-            made = watch(*args, **kwargs)
-            made.every = 1
-            end, log = made.on_step_end, made.on_log
-            made.on_step_end = lambda *a, **k: (clock.on_step_end(*a, **k), end(*a, **k))[1]
-            made.on_log = lambda *a, **k: (clock.on_log(*a, **k), log(*a, **k))[1]
-            return made
-
-        trainer_module.Watch = both  # type: ignore[misc, assignment]
-        try:
-            found = train(
-                live, student, packed, settings, work=Path(work), device="cuda", memory=plan, separate=separate,  # type: ignore[arg-type]
-                finish=lambda trainer: None, vocab=SHAPES[shape]["vocab_size"], say=lambda line: None,
-            )  # fmt: skip
-        finally:
-            trainer_module.Watch = watch  # type: ignore[misc]
+    row = {"input_ids": torch.from_numpy(packed.ids_NT[0].astype("int64")), "labels": torch.from_numpy(packed.labels(0))}
+    if separate:
+        row["position_ids"] = torch.from_numpy(packed.positions(0))
+    proofs: list[str] = []
+    with kernels_in_use(kernels, student, row, torch.bfloat16, proofs.append) as prove:
+        started = time.perf_counter()
+        with student.installed():
+            planner = Planner(student, settings.length, pretend, settings.batch_size, row.get("position_ids"))
+            plan = planner.choose([1, 2, 4, 8, 16], budget, lambda line: print("  " + line, flush=True))
+        chosen = time.perf_counter() - started
+        prove(plan.micro_batch)
+        clock, peak = timed_training(live, student, packed, settings, plan, separate, SHAPES[shape]["vocab_size"])
     result = measured(clock, settings)
-    result["peak GiB"] = round(found["peak"] / GIB, 2)
+    result["peak GiB"] = round(peak / GIB, 2)
+    if proofs:
+        result["proofs"] = proofs
     return {
         **result,
         "plan": {key: value for key, value in plan.record().items() if key not in ("estimate", "seconds")},
@@ -219,6 +211,35 @@ def ours(
         "planned tokens/s": round(settings.batch_size * settings.length / (plan.seconds or math.inf)),
         "seconds to plan": round(chosen, 1),
     }
+
+
+def timed_training(
+    live: Any, student: Student, packed: Packed, settings: Any, plan: Any, separate: bool, vocab: int
+) -> tuple[Clock, int]:
+    """Train as heal does it; returns the clock and the peak in bytes."""
+    import layerprune.heal.trainer as trainer_module
+
+    clock, watch = Clock(), trainer_module.Watch
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        made = watch(*args, **kwargs)
+        made.every = 1
+        end, log = made.on_step_end, made.on_log
+        made.on_step_end = lambda *a, **k: (clock.on_step_end(*a, **k), end(*a, **k))[1]
+        made.on_log = lambda *a, **k: (clock.on_log(*a, **k), log(*a, **k))[1]
+        return made
+
+    torch.cuda.reset_peak_memory_stats()
+    trainer_module.Watch = both  # type: ignore[misc, assignment]
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            found = train(
+                live, student, packed, settings, work=Path(work), device="cuda", memory=plan, separate=separate,  # type: ignore[arg-type]
+                finish=lambda trainer: None, vocab=vocab, say=lambda line: None,
+            )  # fmt: skip
+    finally:
+        trainer_module.Watch = watch  # type: ignore[misc]
+    return clock, int(found["peak"])
 
 
 def measured(clock: Clock, settings: Any) -> dict[str, Any]:
@@ -274,6 +295,7 @@ def main() -> None:
     parser.add_argument("--curve", type=int, default=0, help="steps of the comparison of losses")
     parser.add_argument("--curve-budget", type=int, default=80)
     parser.add_argument("--ways", action="store_true", help="time the ways to heal, at the curve's budget")
+    parser.add_argument("--liger", nargs="?", const="130", metavar="GIB", help="time liger's kernels within this budget  [130]")
     parser.add_argument("--out")
     given = parser.parse_args()
     vocab = SHAPES[given.shape]["vocab_size"]
@@ -301,15 +323,26 @@ def main() -> None:
     if not given.no_plain:
         show("plain script, 16 at once", plain_script(given.shape, packed, settings(given.steps), 16))
         free()
-    for budget in given.budgets.split(","):
+    asked: list[tuple[str, str, int, str | None]] = [
+        (f"{budget} GiB", budget, given.pretend, None) for budget in filter(None, given.budgets.split(","))
+    ]
+    if given.liger:
+        name = f"{given.liger} GiB"
+        asked += [] if any(name == row[0] for row in asked) else [(name, given.liger, given.pretend, None)]
+        asked += [
+            (f"{name}, liger", given.liger, given.pretend, "liger"),
+            (f"{name}, not compiled", given.liger, EAGER_PRETEND, None),
+            (f"{name}, liger, not compiled", given.liger, EAGER_PRETEND, "liger"),
+        ]
+    for name, budget, pretend, kernels in asked:
         try:
-            most = int(float(budget) * GIB)
-            show(f"{budget} GiB", ours(given.shape, packed, settings(given.steps), most, given.documents > 1, given.pretend))
-        except Exception as error:  # the other budgets are worth having
+            most, several = int(float(budget) * GIB), given.documents > 1
+            show(name, ours(given.shape, packed, settings(given.steps), most, several, pretend, kernels=kernels))
+        except Exception as error:  # the other rows are worth having
             import traceback
 
             traceback.print_exc()
-            print(f"{budget} GiB: {type(error).__name__}: {error}", flush=True)
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
         free()
     ways: dict[str, Any] = {}
     for name, way in WAYS.items() if given.ways else ():

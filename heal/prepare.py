@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ from typing import Any
 import torch
 
 from layerprune.heal.linear import is_packed, stand_in
-from layerprune.heal.memory import Memory, Planner, apply_plan, plan_on_cpu, trained_layers
+from layerprune.heal.memory import Memory, apply_plan, plan_on_cpu, trained_layers
 from layerprune.heal.merge import Stored, locate, quantised_linears
+from layerprune.heal.planner import Planner
 from layerprune.heal.quantise import add_lora, compute_dtype, load_quantised, quiet_warnings, unquantised
 from layerprune.heal.settings import Healing, divisors
-from layerprune.heal.student import Student, Teaching
+from layerprune.heal.student import Student, Teaching, still
 from layerprune.heal.targets import Target, choose_targets, probe_forward, target_pattern
 from layerprune.heal.teacher import Teacher, prove_pair, seam
 from layerprune.heal.world import first_alone, is_sharded, local_device, world_size
@@ -151,22 +151,11 @@ def _in_cut(target: Target, renamed: dict[int, int], path: str) -> Target:
     return Target(f"{path}.{layer}.{target.inside}", layer, target.inside, target.module)
 
 
-@contextlib.contextmanager
-def _still(model: Any) -> Iterator[None]:
-    """Without dropout."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 @torch.no_grad()
 def _check_end(student: Student, decoder: Decoder, extra: dict[str, Any], device: str) -> None:
     """Compare the loss in slices with that of the model's own logits; models that differ get the latter."""
     ids_BT = _some_ids(decoder, 2, 12)
-    with _still(decoder.model), _autocast(device):
+    with still(decoder.model), _autocast(device):
         student.whole = True
         expected = float(student.nats(ids_BT, ids_BT))
         student.whole = False
@@ -191,7 +180,7 @@ def keeps_apart(student: Student, decoder: Decoder) -> bool:
     other_BT = ids_BT.clone()
     other_BT[:, :8] = _some_ids(decoder, 1, 24)[:, 16:]
     positions = {"position_ids": torch.arange(16, device=ids_BT.device).remainder(8).unsqueeze(0)}
-    with _still(decoder.model):
+    with still(decoder.model):
         try:
             first, second = (student.states(ids, positions)[..., 8:, :].float() for ids in (ids_BT, other_BT))
             alone = student.states(ids_BT[:, 8:], {}).float()
@@ -224,14 +213,16 @@ def plan_memory(made: Prepared, settings: Healing, device: str, budget: int | No
         raise UsageError(f"{told}: use one of {fits}")
     sizes = divisors(share) if settings.micro_batch is None else [settings.micro_batch]
     student = made.student
+    asked = {"budget": budget, "kernels": settings.kernels}
     if is_sharded():
         return Memory(max([size for size in sizes if size * settings.length <= SHARDED_TOKENS] or [min(sizes)]))
 
     def choose() -> Memory:
         if begun.exists():
             before = read_json(begun)
-            if settings.micro_batch in (None, before["micro_batch"]) and before["budget"] == budget:
-                return Memory(**{key: value for key, value in before.items() if key != "budget"})
+            same = all(before.get(key) == value for key, value in asked.items())
+            if same and settings.micro_batch in (None, before["micro_batch"]):
+                return Memory(**{key: value for key, value in before.items() if key not in asked})
         if len({p.device for p in student.decoder.model.parameters()}) > 1:
             # spread over GPUs as it does not fit on one: the least that it can take
             fitting = [size for size in sizes if size * settings.length <= SHARDED_TOKENS] or [min(sizes)]
@@ -241,7 +232,7 @@ def plan_memory(made: Prepared, settings: Healing, device: str, budget: int | No
         else:
             planner = Planner(student, settings.length, settings.steps, share, positions, world)
             plan = planner.choose(sizes, budget, say)
-        write_json(begun, {**asdict(plan), "budget": budget})
+        write_json(begun, {**asdict(plan), **asked})
         return plan
 
     with student.installed():

@@ -13,6 +13,7 @@ from layerprune.model.recipes import HealSettings, Recipe, load_recipe
 PACKINGS = ("documents", "joined", "truncate")
 BRIDGES = ("map", "projection")
 MERGES = ("weights", "nf4")
+KERNELS = ("liger",)
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Healing:
     `joined` (they see one another) or `truncate` (one a sequence, as in the paper). adapters: `all` layers (as in the paper),
     those `after` the cut, or `window:K`, K on each side of it. distil: the weight of KL(unpruned || healed), 0 for none.
     bridge: a least-squares map over the cut to begin with, `map` or `projection`. merge: into the checkpoint's own
-    `weights`, or into those that were trained, `nf4`. validation: documents for the loss during training.
+    `weights`, or into those that were trained, `nf4`. validation: documents for the loss during training. kernels: `liger` in
+    place of the model's own norms, rotary embeddings and gated MLPs, or None.
     """
 
     data: str
@@ -45,6 +47,7 @@ class Healing:
     merge: str
     validation: str | None
     validation_samples: int
+    kernels: str | None
     origin: dict[str, str]
 
     @property
@@ -87,6 +90,7 @@ def heal_settings(
     merge: str | None = None,
     validation: str | None = None,
     validation_samples: int | None = None,
+    kernels: str | None = None,
     origins: Mapping[str, str] | None = None,
 ) -> Healing:
     """Resolve and check the settings; None takes the recipe's value, or the default where there is no recipe.
@@ -138,6 +142,7 @@ def heal_settings(
         "merge": (merge, "weights"),
         "validation": (validation, None),
         "validation_samples": (validation_samples, 32),
+        "kernels": (None if kernels == "none" else kernels, None),
     }
     origin |= {key: "ours" if value is None else "user" for key, (value, _) in options.items()}
     if values["steps"] == 0:
@@ -171,6 +176,7 @@ def _check_options(values: dict[str, Any]) -> None:
         ("packing", "--packing", PACKINGS),
         ("bridge", "--bridge", (None, *BRIDGES)),
         ("merge", "--merge", MERGES),
+        ("kernels", "--kernels", (None, *KERNELS)),
     ):
         if values[key] not in allowed:
             raise UsageError(f"{option} {values[key]} is none of {', '.join(a for a in allowed if a)}")

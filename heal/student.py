@@ -217,6 +217,17 @@ class Student:
         return hidden if self._length is None else (hidden, *[None] * (self._length - 1))
 
 
+@contextlib.contextmanager
+def still(model: Any) -> Iterator[None]:
+    """Without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def _count(labels_BT: torch.Tensor, given: Any) -> Any:
     return given if given is not None else (labels_BT[:, 1:] != IGNORED).sum()
 

@@ -51,6 +51,13 @@ def kept_layers(source: ModelSource) -> Kept:
     return _origins(source)[-1].kept
 
 
+def recorded_cut(source: ModelSource) -> Kept | None:
+    """The layers that were kept, by the checkpoint's own record; None where it is no cut."""
+    path = source.folder / "layerprune.json"
+    record = read_json(path) if path.exists() else {}
+    return kept_layers(source) if isinstance(record, Mapping) and "kept" in record else None
+
+
 def find_teacher(source: ModelSource, given: str | None = None, trust_remote_code: bool = False) -> Teacher:
     """The model that the checkpoint `source` was cut from: the one `given` (recipe, Hub id or folder), else its record's.
 

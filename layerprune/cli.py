@@ -287,6 +287,10 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 @click.option("--merge", type=click.Choice(["weights", "nf4"]), help="Into the checkpoint's weights, or those trained  [weights].")
 @click.option("--memory", metavar="SIZE", help="GPU memory to plan for, such as 16GiB  [most of what is free].")
 @click.option("--micro-batch", type=int, metavar="B", help="Sequences in memory at once  [chosen].")
+@click.option(
+    "--kernels", type=click.Choice(["liger", "none"]),
+    help="liger: its norms, rotary embeddings and gated MLPs, on a GPU (pip install 'layerprune[liger]')  [none].",
+)  # fmt: skip
 @click.option("--nf4-copy", is_flag=True, help="Write the result once more in NF4, to OUT-nf4.")
 @click.option("--report-to", metavar="A,B", help="Reports beside the terminal's: tensorboard, wandb, trackio.")
 @_options(_seed, _device, _trust, _out("runs/<model>-healed"), _json, _v)
@@ -297,7 +301,8 @@ def heal(
 
     Under `accelerate launch -m layerprune heal ...` on as many GPUs as that starts processes.
     """
-    from layerprune.heal.train import format_healing, heal_checkpoint
+    from layerprune.heal.telling import format_healing
+    from layerprune.heal.train import heal_checkpoint
     from layerprune.heal.world import is_first, leave
     from layerprune.steps import default_folder
 

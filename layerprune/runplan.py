@@ -222,7 +222,7 @@ def set_up(
     if folder is not None and not Path(folder).is_dir():
         raise UsageError(f"the task folder {folder} does not exist")
     if healing is not None:
-        from layerprune.heal.train import check_device
+        from layerprune.heal.checks import check_device
 
         check_device(pick_device(device))
     return Setup(
@@ -249,9 +249,10 @@ _HEAL_WITH: dict[str, Callable[[str], Any]] = {
     "learning_rate": float, "lora_rank": int, "dropout": float, "warmup_steps": int, "batch_size": int, "micro_batch": int,
     "targets": lambda text: text.split("+"), "packing": str, "adapters": str, "distil": float, "bridge": str, "merge": str,
     "memory": str, "report_to": lambda text: text.split("+"), "teacher": str, "validation": str, "validation_samples": int,
+    "kernels": str,
 }  # fmt: skip
 """Settings of healing that a run takes beside those with options of their own; several names are joined by `+`."""
-_NOT_DECIDING = ("memory", "micro_batch", "report_to")
+_NOT_DECIDING = ("memory", "micro_batch", "report_to", "kernels")
 
 
 def heal_settings_from(given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

@@ -153,13 +153,14 @@ class Stages:
 
     def check_healing(self) -> None:
         """Refuse what healing would refuse (the architecture, the targets, the data), before anything is ranked."""
-        from layerprune.heal.train import check_healing
+        from layerprune.heal.checks import check_healing
 
         setup = self.setup
         assert setup.heal is not None
         check_healing(
-            setup.source, data=setup.heal.data, seed=setup.seed, trust_remote_code=setup.trust_remote_code, **setup.heal_options
-        )
+            setup.source, data=setup.heal.data, seed=setup.seed, device=setup.asked_device,
+            trust_remote_code=setup.trust_remote_code, **setup.heal_options,
+        )  # fmt: skip
 
     def heal(self, pruned: Path, healed: Path, adapter: Path, work: Path) -> None:
         """Heal a cut checkpoint."""

@@ -15,7 +15,9 @@ import pytest
 import torch
 from conftest import make_llama
 
-from layerprune.heal.bridge import Bridge, Gap, bridge_checkpoint, find_gaps, find_projection, fit_bridges, split_documents
+from layerprune.heal.bridge import bridge_checkpoint
+from layerprune.heal.fit import Bridge, fit_bridges, split_documents
+from layerprune.heal.gaps import Gap, find_gaps, find_projection
 from layerprune.heal.teacher import find_teacher, prove_pair, seam
 from layerprune.model.config import load_config, vocab_size
 from layerprune.model.cuts import parse_layers

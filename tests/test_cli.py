@@ -42,7 +42,7 @@ FLAGS = {
     "heal": COMMON
     | {"--heal-data", "--heal-steps", "--heal-tokens", "--learning-rate", "--lora-rank", "--dropout", "--warmup-steps"}
     | {"--batch-size", "--micro-batch", "--memory", "--targets", "--adapters", "--distil", "--bridge", "--teacher"}
-    | {"--packing", "--validation", "--merge", "--nf4-copy", "--report-to"},
+    | {"--packing", "--validation", "--merge", "--nf4-copy", "--report-to", "--kernels"},
     "eval": COMMON | DATA | TASKS | MEMORY | {"--eval-data", "--no-loss"},
     "depth": COMMON
     | DATA

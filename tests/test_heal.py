@@ -22,7 +22,8 @@ from layerprune.heal.merge import Stored, _live_weight, locate, merge_adapter, m
 from layerprune.heal.packing import pack
 from layerprune.heal.settings import heal_settings
 from layerprune.heal.targets import choose_targets, target_pattern
-from layerprune.heal.train import format_healing, heal_checkpoint
+from layerprune.heal.telling import format_healing
+from layerprune.heal.train import heal_checkpoint
 from layerprune.model.config import load_config
 from layerprune.model.decoder import view_decoder
 from layerprune.model.errors import Refused, UsageError
@@ -457,7 +458,7 @@ def test_what_cannot_be_healed_is_refused_before_training(
 
 
 def test_a_second_gpu_is_refused_in_words_that_help() -> None:
-    from layerprune.heal.train import check_device
+    from layerprune.heal.checks import check_device
 
     for device in ("cpu", "cuda", "cuda:0", "mps"):
         check_device(device)

@@ -29,7 +29,7 @@ CUTS = (("angular", 4, 0.31), ("angular", 8, 0.4), ("last", 8, 1.9))
 
 
 def healing(first: float = 0.4, **settings: Any) -> dict[str, Any]:
-    """A record as heal/train.py writes it; the held-out loss halves."""
+    """A record as heal/publish.py writes it; the held-out loss halves."""
     losses = [[step, round(10 * first * (1 - step / 2 / STEPS), 5)] for step in range(2, STEPS + 1, 2)]
     given = {
         "data": "heal.jsonl", "steps": STEPS, "learning_rate": 3e-4, "lora_rank": 8, "dropout": 0.05, "warmup_steps": 20,

@@ -18,19 +18,10 @@ import torch
 from torch import nn
 
 from layerprune.heal import memory
-from layerprune.heal.memory import (
-    GIB,
-    MOST_CONTEXT,
-    SLACK,
-    Layer,
-    Measured,
-    Memory,
-    Planner,
-    apply_plan,
-    context_bytes,
-    plan_on_cpu,
-    trained_layers,
-)
+from layerprune.heal import planner as planning
+from layerprune.heal.measure import Layer, Measured
+from layerprune.heal.memory import GIB, MOST_CONTEXT, Memory, apply_plan, context_bytes, plan_on_cpu, trained_layers
+from layerprune.heal.planner import HEADROOM, SLACK, Planner
 from layerprune.heal.student import Teaching
 from layerprune.model.errors import Refused
 
@@ -76,7 +67,8 @@ class Stack:
 
 @pytest.fixture(autouse=True)
 def made_up_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "four_bit_linears", lambda layer: [layer.part])
+    for module in (memory, planning):
+        monkeypatch.setattr(module, "four_bit_linears", lambda layer: [layer.part])
 
 
 def student_of(with_adapter: Sequence[int] = (1, 1, 1, 1), teaching: Teaching | None = None) -> Any:
@@ -285,7 +277,7 @@ def stub(planner: Planner, pool: Sequence[Measured], tried: list[Memory], fits: 
         return replace(plan, estimate=4321, seconds=1.0) if fits(plan) else None
 
     monkeypatch.setattr(planner, "_measure_sizes", lambda sizes, static, room: list(pool))
-    monkeypatch.setattr(planner, "_decode_seconds", lambda: EACH)
+    monkeypatch.setattr(planner.meter, "decode_seconds", lambda weights: EACH)
     monkeypatch.setattr(planner, "_try", trial)
 
 
@@ -299,7 +291,7 @@ def test_a_plan_that_does_not_fit_when_tried_gives_way_to_smaller_ones(
     # room for all decoded and all kept
     room = planner.peak(one, no_gpu["allocated"] + planner.later, 4, 0)
     no_gpu |= {"free": 3 * room, "total": 4 * room, "reserved": 0}
-    budget = int(room / memory.HEADROOM) + 2 + context_bytes(planner.device)
+    budget = int(room / HEADROOM) + 2 + context_bytes(planner.device)
     found = planner.choose([1, 2], budget, lambda line: None)
     assert found == replace(tried[2], estimate=4321 + room, seconds=1.0), "what the trial took, and the context"
     assert (tried[0].decoded, tried[0].recomputed) == (4, 0)
@@ -328,7 +320,7 @@ def test_compiled_layers_are_taken_only_where_they_are_faster(no_gpu: dict[str, 
         planner, tried = planner_of(student_of()), list[Memory]()
         compiled = measured(2, 4, head_seconds=head_seconds)
         stub(planner, [measured(2, 4)], tried, lambda plan: True, monkeypatch)
-        monkeypatch.setattr(planner, "_measure", lambda size, compiled=compiled: compiled.scaled(size))
+        monkeypatch.setattr(planner.meter, "measure", lambda size, compiled=compiled: compiled.scaled(size))
         found = planner.choose([2], None, lambda line: None)
         assert found.compiled is planner.student.compiled is taken and len(tried) == 1
 
@@ -338,7 +330,7 @@ def test_compiled_layers_are_taken_only_where_they_are_faster(no_gpu: dict[str, 
     said: list[str] = []
     planner, tried = planner_of(student_of()), list[Memory]()
     stub(planner, [measured(2, 4)], tried, lambda plan: True, monkeypatch)
-    monkeypatch.setattr(planner, "_measure", broken)
+    monkeypatch.setattr(planner.meter, "measure", broken)
     assert not planner.choose([2], None, said.append).compiled and not planner.student.compiled
     assert said == ["compiling the layers", "the layers are not compiled (RuntimeError)"]
 

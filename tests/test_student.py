@@ -22,8 +22,7 @@ from layerprune.heal.linear import four_bit_linears, lora_linears
 from layerprune.heal.prepare import Prepared, keeps_apart
 from layerprune.heal.settings import heal_settings
 from layerprune.heal.student import Student, Teaching
-from layerprune.heal.teacher import find_teacher
-from layerprune.heal.train import _kept
+from layerprune.heal.teacher import find_teacher, recorded_cut
 from layerprune.model.config import auto_class, load_config
 from layerprune.model.source import find_model
 from layerprune.prune.cut import prune_checkpoint
@@ -104,7 +103,7 @@ def made_ready(folder: Path, kind: str = "llama", teacher: Path | None = None, *
         load_config(folder), None, data="x", steps=2, batch_size=2, length=16, lora_rank=4, dropout=0.0, **options
     )
     pair = None if teacher is None else find_teacher(source, str(teacher))
-    made = prepare.prepare(source, settings, _kept(source), pair, "cpu", False, False, lambda line: None, False)
+    made = prepare.prepare(source, settings, recorded_cut(source), pair, "cpu", False, False, lambda line: None, False)
     generator = torch.Generator().manual_seed(1)
     for layer in lora_linears(made.live):
         b: Any = layer.lora_B[layer.adapter].weight
