@@ -20,6 +20,8 @@ TOP = 5
 """Predictions whose overlap is counted (the paper's K)."""
 SLICE = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Logits of a slice of positions. Each slice and depth is a call of the model, in which a GPU waits for the CPU: few of them."""
+CACHED = 1 << 17
+"""Logits that a CPU compares at a time: what is made of them stays in its cache (4 times quicker)."""
 HELD = {"cpu": 1 << 28, "cuda": 1 << 31}
 """Bytes that one batch's states of all depths may take."""
 
@@ -161,15 +163,15 @@ def _final(final_NV: torch.Tensor) -> Final:
 
 def _divergences(lens_NV: torch.Tensor, final_NV: torch.Tensor, most_N1: torch.Tensor, size_N1: torch.Tensor) -> list[torch.Tensor]:
     """Summed KL(lens || final) and KL(final || lens), float64, in nats."""
-    lens = lens_NV.float()
-    log_p = lens - lens.amax(1, keepdim=True)  # but for the normaliser, as log_q: their difference stays exact where p is large
+    # but for the normalisers, as log_q: their difference stays exact where p is large
+    log_p = lens_NV.float() - lens_NV.amax(1, keepdim=True)
     p = log_p.exp()
     p_N1 = p.sum(1, keepdim=True)
     log_q = final_NV.float() - most_N1
-    apart = log_p - log_q
+    apart = log_p.sub_(log_q)
     between_N1 = p_N1.log() - size_N1
-    to_final_N1 = (p * apart).sum(1, keepdim=True) / p_N1 - between_N1
-    to_lens_N1 = between_N1 - ((log_q - size_N1).exp() * apart).sum(1, keepdim=True)
+    to_final_N1 = p.mul_(apart).sum(1, keepdim=True) / p_N1 - between_N1
+    to_lens_N1 = between_N1 - log_q.sub_(size_N1).exp_().mul_(apart).sum(1, keepdim=True)
     return [to_final_N1.sum(dtype=torch.float64), to_lens_N1.sum(dtype=torch.float64)]
 
 
@@ -177,10 +179,15 @@ def _by_top(
     lens_NV: torch.Tensor, final_NV: torch.Tensor, most_N1: torch.Tensor, size_N1: torch.Tensor, top_NK: torch.Tensor
 ) -> torch.Tensor:
     """The four sums of `LensSum` (4,), float64; the lens's top 5 by a top k, which a CPU is quick at."""
-    own_NK = lens_NV.topk(TOP).indices
-    both = (own_NK.unsqueeze(2) == top_NK.unsqueeze(1)).sum(dtype=torch.float64) / TOP
-    first = (own_NK[:, 0] == top_NK[:, 0]).sum(dtype=torch.float64)
-    return torch.stack([*_divergences(lens_NV, final_NV, most_N1, size_N1), both, first])
+    total_4 = torch.zeros(len(LensSum.names), dtype=torch.float64)
+    rows = max(1, CACHED // lens_NV.shape[1])
+    for at in range(0, len(lens_NV), rows):
+        lens, final, most, size, top = (x[at : at + rows] for x in (lens_NV, final_NV, most_N1, size_N1, top_NK))
+        own = lens.topk(TOP).indices
+        both = (own.unsqueeze(2) == top.unsqueeze(1)).sum(dtype=torch.float64) / TOP
+        first = (own[:, 0] == top[:, 0]).sum(dtype=torch.float64)
+        total_4 += torch.stack([*_divergences(lens, final, most, size), both, first])
+    return total_4
 
 
 def _by_rank(
