@@ -4,7 +4,8 @@
     python benchmarks/depth.py llama-2-7b --device cuda --length 512 --rounds 5 --no-values --out depth_gpu.json
 
 A model is a recipe, a Hub id or a folder; after `=` its data, else the recipe's. `values` are those of `layerprune depth`.
-Bare pass, `residual` and `lens` run in turns on the same batches; the bare pass includes the head. The skip map is counted,
+Bare pass, `ends`, `residual` and `lens` run in turns on the same batches; the bare pass includes the head. `ends` is what no
+logit lens can do without, alone: for every layer the head, a softmax and a top 5. The skip map is counted,
 not timed: layers run, one layer on one document each, against the whole model once for every skip and position.
 """
 
@@ -86,7 +87,7 @@ def rounded(value: Any) -> Any:
 
 def costs(name: str, data: str | None, given: argparse.Namespace) -> dict[str, Any]:
     """Seconds and ratios of `residual` and `lens`, and the layer applications of the skip map."""
-    from layerprune.depth.lens import lens_probe, token_budget
+    from layerprune.depth.lens import SLICE, TOP, lens_probe, token_budget
     from layerprune.depth.residual import residual_probe
     from layerprune.depth.skip import VARIANTS, skip_effects
     from layerprune.model.data import batches, read_documents, tokenise
@@ -99,6 +100,7 @@ def costs(name: str, data: str | None, given: argparse.Namespace) -> dict[str, A
     documents = read_documents(own, "validation", given.samples, given.seed)
     sequences = tokenise(load_tokenizer(source.folder), documents, given.length, at_least=2)
     decoder = view_decoder(load_model(source.folder, device=given.device, dtype=given.dtype))
+    kind = "cpu" if decoder.device.type == "cpu" else "cuda"
     budget = token_budget(decoder)
     together = batches(sequences, budget)
 
@@ -108,8 +110,21 @@ def costs(name: str, data: str | None, given: argparse.Namespace) -> dict[str, A
             mask = None if batch.mask_BT is None else batch.mask_BT.to(decoder.device)
             decoder.model(input_ids=batch.ids_BT.to(decoder.device), attention_mask=mask, use_cache=False)
 
+    head = decoder.model.get_output_embeddings()
+    like = head.weight
+
+    @torch.no_grad()
+    def ends() -> None:
+        for batch in together:
+            real = batch.ids_BT.numel() if batch.mask_BT is None else int(batch.mask_BT.sum())
+            states_ND = torch.ones((real, like.shape[1]), device=like.device, dtype=like.dtype)
+            for _ in range(len(decoder)):
+                for part_SD in states_ND.split(max(1, SLICE[kind] // like.shape[0])):
+                    head(part_SD).float().softmax(-1).topk(TOP)
+
     works: dict[str, Callable[[], Any]] = {
         "bare": bare,
+        "ends": ends,
         "residual": lambda: residual_probe(decoder, sequences, max_tokens=budget),
         "lens": lambda: lens_probe(decoder, sequences, max_tokens=budget),
     }
@@ -132,6 +147,8 @@ def costs(name: str, data: str | None, given: argparse.Namespace) -> dict[str, A
                 "ratio": statistics.median(ratios),
                 "ratios": [round(ratio, 3) for ratio in ratios],
             }
+        if probe == "lens":
+            result[probe]["to_parts"] = [round(one[probe][0] / (one["bare"][0] + one["ends"][0]), 3) for one in rounds]
         if cuda:
             result[probe]["peak_bytes"] = max(one[probe][1] for one in rounds)
     result["skip"] = {}

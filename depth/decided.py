@@ -137,9 +137,10 @@ def _one_batch(
             continue
         target_N1, known_N = target_N[hit_N].unsqueeze(1), hit_N.cpu()
         row_N, at_N, group_N = row_N[known_N], at_N[known_N], group_N[known_N]
+        before_N = row_N.to(device), (at_N - 1).to(device)  # once, not at each depth
         ranks = []
         for state in states[:-1]:
-            lens_NV = made.logits(state, row_N, at_N - 1)
+            lens_NV = made.logits(state, *before_N)
             ranks.append(1 + (lens_NV > lens_NV.gather(1, target_N1)).sum(1))
         found.update(torch.stack(ranks).cpu(), group_N)
     return found

@@ -63,6 +63,7 @@ def integrated_gradients(
     block: int = 16,
     tolerance: float = 0.01,
     most: int = 2048,
+    only_complete: bool = False,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> Attribution:
     """Integrated gradients (Sundararajan et al., arXiv 1703.01365) of every layer's output, for one prompt and its answer.
@@ -78,7 +79,8 @@ def integrated_gradients(
     `most` points of a layer are taken. A path on which a state comes near 0, where a norm turns it round, needs that.
     Parameters get no gradients, and are as before in the end. progress is told of each layer done.
     Raises UsageError for names and counts that are not allowed; Refused for a model that cannot be followed layer by layer,
-    and for gradients that are not numbers.
+    and, as soon as a layer is done, for gradients that are not numbers and, with `only_complete`, for a sum that misses the
+    change by more than the tolerance.
     """
     for name, value, allowed in (("baseline", baseline, BASELINES), ("target", target, TARGETS), ("rule", rule, RULES)):
         if value not in allowed:
@@ -108,13 +110,14 @@ def integrated_gradients(
                 map_LT[layer] = path.gradients(r_S)[0].sum(dim=0) / steps
                 ends_L2[layer] = path.values(torch.tensor([0.0, 1.0], dtype=torch.float64))
             points_L[layer], passes_L[layer] = path.points, path.passes
+            if not (map_LT[layer].isfinite().all() and ends_L2[layer].isfinite().all()):
+                raise Refused(
+                    f"the gradients at the output of layer {layer} are not numbers: the weights are broken or overflow in this "
+                    "dtype (try --dtype float32)"
+                )
+            if only_complete:
+                _must_add_up(layer, map_LT[layer], ends_L2[layer], tolerance, path.points)
             progress(1)
-    if not (map_LT.isfinite().all() and ends_L2.isfinite().all()):
-        bad = int((~map_LT.isfinite().all(dim=1) | ~ends_L2.isfinite().all(dim=1)).nonzero()[0])
-        raise Refused(
-            f"the gradients at the output of layer {bad} are not numbers: the weights are broken or overflow in this dtype "
-            "(try --dtype float32)"
-        )
     change_L = ends_L2[:, 1] - ends_L2[:, 0]
     error_L = map_LT.sum(dim=1) - change_L
     complete_L = error_L.abs() <= tolerance * ends_L2.abs().amax(dim=1)
@@ -124,6 +127,18 @@ def integrated_gradients(
     whole = float(ends_L2[-1, 1])
     naive = layers + int(passes_L.sum()) * layers
     return Attribution(map_LT, whole, change_L, error_L, complete_L, tolerance, points_L, forwards, naive)
+
+
+def _must_add_up(layer: int, map_T: torch.Tensor, ends_2: torch.Tensor, tolerance: float, points: int) -> None:
+    change, allowed = float(ends_2[1] - ends_2[0]), tolerance * float(ends_2.abs().max())
+    missed = abs(float(map_T.sum()) - change)
+    if missed > allowed:
+        raise Refused(
+            f"the integrated gradients of layer {layer} do not add up: with {points} points their sum misses the change of the "
+            f"answer's probability, {change:.3g}, by {missed:.2g}, more than the {allowed:.2g} ({100 * tolerance:g} %) that is let "
+            "pass; try a --prompt whose answer the model knows, or --dtype float32 (a mixture of experts, which chooses anew "
+            "along the path, may never add up)"
+        )
 
 
 class _Path:

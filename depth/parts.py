@@ -109,33 +109,54 @@ def _two_that_sum(x: torch.Tensor, y: torch.Tensor, calls: list[_Call]) -> Parts
     # two additions, each rounded; the scale of the stream is what rounding follows
     most = 3 * unit * float(y.double().norm()) + 1e-5 * float(update.norm())
     best: tuple[float, Parts] | None = None
-    names = [call.name for call in calls]
-    for j, second in enumerate(calls):
-        for i in range(j):
-            first = calls[i]
-            # a module called twice (a shared dropout) cannot be told apart afterwards
-            if names.count(first.name) > 1 or names.count(second.name) > 1 or _inside(first.name, second.name):
-                continue
-            p = first.output.double()
-            for added in (False,) if second.norm else (False, True):
-                q = second.output.double() - (wide + p if added else 0)
-                both = p + q
-                size = float((both * both).sum())
-                if size == 0 or float(p.norm()) <= most or float(q.norm()) <= most:
-                    continue
-                scale = 1.0 if added else float((both * update).sum()) / size
-                error = float((update - scale * both).norm())
-                if error > most or (best is not None and error >= best[0]):
-                    continue
-                middle = wide + scale * p
-                apart = float((middle - wide).norm())
-                later = [g for call in calls[i + 1 : j + 1] for g in call.given]
-                sequential = any(float((g.double() - middle).norm()) < 0.01 * apart for g in later)
-                # a module that returns the stream proves nothing of what came before it, unless that is seen to be read
-                if sequential or not added:
-                    changed = any(not torch.equal(call.output, call.alive) for call in (first, second))
-                    best = error, Parts(first.name, second.name, scale, added, not sequential, changed)
+    for i, j, added in _candidates(wide, update, calls, most):
+        first, second = calls[i], calls[j]
+        p = first.output.double()
+        q = second.output.double() - (wide + p if added else 0)
+        both = p + q
+        size = float((both * both).sum())
+        if size == 0 or float(p.norm()) <= most or float(q.norm()) <= most:
+            continue
+        scale = 1.0 if added else float((both * update).sum()) / size
+        error = float((update - scale * both).norm())
+        if error > most or (best is not None and error >= best[0]):
+            continue
+        middle = wide + scale * p
+        apart = float((middle - wide).norm())
+        later = [g for call in calls[i + 1 : j + 1] for g in call.given]
+        sequential = any(float((g.double() - middle).norm()) < 0.01 * apart for g in later)
+        # a module that returns the stream proves nothing of what came before it, unless that is seen to be read
+        if sequential or not added:
+            changed = any(not torch.equal(call.output, call.alive) for call in (first, second))
+            best = error, Parts(first.name, second.name, scale, added, not sequential, changed)
     return None if best is None else best[1]
+
+
+def _candidates(wide: torch.Tensor, update: torch.Tensor, calls: list[_Call], most: float) -> list[tuple[int, int, bool]]:
+    """Pairs (i, j, added) whose sum may be the update within `most`: told from all dot products at once, since each number
+    that is asked of a GPU is waited for. Dot products lose half of the digits where vectors cancel, hence the allowance."""
+    if not calls:
+        return []
+    both = torch.stack([wide.flatten(), update.flatten(), *(call.output.double().flatten() for call in calls)])
+    dots = (both @ both.T).tolist()
+    names = [call.name for call in calls]
+    found = []
+    for j in range(len(calls)):
+        for i in range(j):
+            # a module called twice (a shared dropout) cannot be told apart afterwards
+            if names.count(names[i]) > 1 or names.count(names[j]) > 1 or _inside(names[i], names[j]):
+                continue
+            for added in (False,) if calls[j].norm else (False, True):
+                # what the two add: second - x where the stream is in its output already, else first + second
+                a, b, sign = (j + 2, 0, -1) if added else (i + 2, j + 2, 1)
+                size = dots[a][a] + 2 * sign * dots[a][b] + dots[b][b]
+                along = dots[a][1] + sign * dots[b][1]
+                scale = 1.0 if added else along / size if size > 0 else 0.0
+                error = max(0.0, dots[1][1] - 2 * scale * along + scale * scale * size) ** 0.5
+                unsure = 1e-6 * (dots[0][0] + dots[1][1] + dots[a][a] + dots[b][b]) ** 0.5 * max(1.0, abs(scale))
+                if error <= most + unsure:
+                    found.append((i, j, added))
+    return found
 
 
 def _inside(a: str, b: str) -> bool:

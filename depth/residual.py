@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from layerprune.depth.fused import fused
 from layerprune.depth.parts import Caught, find_parts
 from layerprune.model.data import TokenBatch, batches
 from layerprune.model.decoder import Decoder, Stop, first_hidden, forward_logits, hidden_of, replaced_forwards, states_BTD
@@ -89,7 +90,7 @@ def _one_batch(decoder: Decoder, batch: TokenBatch, caught: Caught) -> ResidualS
 
     def mask_on(device: torch.device) -> torch.Tensor | None:
         if device not in masks:
-            masks[device] = None if batch.mask_BT is None else batch.mask_BT.to(device).unsqueeze(-1).float()
+            masks[device] = None if batch.mask_BT is None else batch.mask_BT.to(device).reshape(-1, 1).float()
         return masks[device]
 
     def watcher(index: int) -> Callable[..., Any]:
@@ -100,13 +101,11 @@ def _one_batch(decoder: Decoder, batch: TokenBatch, caught: Caught) -> ResidualS
             y = hidden_of(output)
             x_BTD, y_BTD = states_BTD(x, rows, tokens), states_BTD(y, rows, tokens)
             parts = caught.take(index, x_BTD)
-            kind = x_BTD.device.type
-            if parts is None:
-                sums = _fused(_layer_alone, kind)(x_BTD, y_BTD, mask_on(x_BTD.device))
-            else:
+            run: Callable[..., torch.Tensor] = _layer_alone
+            if parts is not None:
                 run = _layer_parallel if caught.parts[index].parallel else _layer_sequential  # type: ignore[union-attr]
-                sums = _fused(run, kind)(x_BTD, y_BTD, parts[0], parts[1], mask_on(x_BTD.device))
-            waiting.append((index, sums))
+            flat = [state_BTD.flatten(0, 1) for state_BTD in (x_BTD, y_BTD, *(parts or ()))]
+            waiting.append((index, fused(run, x_BTD.device.type)(*flat, mask_on(x_BTD.device))))
             if index == len(decoder) - 1:
                 raise Stop
             return output
@@ -122,7 +121,7 @@ def _one_batch(decoder: Decoder, batch: TokenBatch, caught: Caught) -> ResidualS
     return found
 
 
-def _sums(pairs: list[tuple[torch.Tensor, torch.Tensor]], mask_BT1: torch.Tensor | None) -> torch.Tensor:
+def _sums(pairs: list[tuple[torch.Tensor, torch.Tensor]], mask_N1: torch.Tensor | None) -> torch.Tensor:
     """For (added, stream) pairs: the sums over real tokens of their cosines, then of their relative sizes."""
     cosines, sizes = [], []
     for added, stream in pairs:
@@ -130,8 +129,8 @@ def _sums(pairs: list[tuple[torch.Tensor, torch.Tensor]], mask_BT1: torch.Tensor
         dot, aa, hh = (a * h).sum(-1, keepdim=True), (a * a).sum(-1, keepdim=True), (h * h).sum(-1, keepdim=True)
         cosine = dot / (aa.sqrt() * hh.sqrt()).clamp(min=1e-20)
         size = aa.sqrt() / hh.sqrt().clamp(min=_LEAST)
-        if mask_BT1 is not None:
-            cosine, size = cosine * mask_BT1, size * mask_BT1
+        if mask_N1 is not None:
+            cosine, size = cosine * mask_N1, size * mask_N1
         cosines.append(cosine.sum())
         sizes.append(size.sum())
     return torch.stack(cosines + sizes)
@@ -143,9 +142,7 @@ def _layer_sequential(
     return _sums([(a, x), (m, x.float() + a.float()), (y.float() - x.float(), x)], mask)
 
 
-def _layer_parallel(
-    x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, m: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
+def _layer_parallel(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, m: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return _sums([(a, x), (m, x), (y.float() - x.float(), x)], mask)
 
 
@@ -153,17 +150,3 @@ def _layer_alone(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None) ->
     cosine, size = _sums([(y.float() - x.float(), x)], mask)
     nan = torch.full_like(cosine, float("nan"))
     return torch.stack([nan, nan, cosine, nan, nan, size])
-
-
-@functools.cache
-def _fused(plain: Callable[..., torch.Tensor], kind: str) -> Callable[..., torch.Tensor]:
-    """One kernel that reads each state once, on a GPU; the plain steps elsewhere, and where nothing can be compiled."""
-    if kind != "cuda":
-        return plain
-    try:
-        compiled = torch.compile(plain, dynamic=True)
-        some = torch.zeros((2, 3, 8), device=kind, dtype=torch.bfloat16)
-        compiled(*[some] * (2 if plain is _layer_alone else 4), None)
-        return compiled
-    except Exception:  # no compiler, no Triton: whatever the reason, the plain steps are right
-        return plain

@@ -87,9 +87,7 @@ def by_hand(decoder: Decoder, sequences: list[list[int]], names: tuple[str, str]
             handles += [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
             for place, name in enumerate(names):
 
-                def part(
-                    module: Any, args: Any, output: Any, i: int = i, place: int = place, seen: dict[Any, Any] = seen
-                ) -> None:
+                def part(module: Any, args: Any, output: Any, i: int = i, place: int = place, seen: dict[Any, Any] = seen) -> None:
                     seen[i, place] = (output[0] if isinstance(output, tuple) else output).double().clone()
 
                 handles.append(layer.get_submodule(name).register_forward_hook(part))
@@ -218,6 +216,24 @@ def test_the_lens_against_the_models_own_end(name: str, live: Callable[[str], De
     found = lens_probe(decoder, sequences, max_tokens=26).result()
     for k, value in enumerate(LensSum.names):
         assert found[value] == pytest.approx(expected[k].tolist(), abs=2e-5, rel=1e-5), value
+
+
+def test_ranks_tell_the_overlap_that_a_top_5_tells() -> None:
+    """What a GPU counts, here on a CPU: with many equal logits, where the lower index is first, and on a lens that is the end."""
+    generator = torch.Generator().manual_seed(5)
+    ends, own = torch.randn(2, 40, 60, generator=generator)
+    for final_NV, lens_NV in ((ends, own), (ends, ends + own / 5), (ends.round(), own.round()), (ends.round(), ends.round())):
+        _, most_N1, size_N1, _ = lens._final(final_NV)
+        order_NV, own_NV = (torch.sort(x, dim=1, descending=True, stable=True).indices for x in (final_NV, lens_NV))
+        found = lens._by_rank(lens_NV, final_NV, most_N1, size_N1, order_NV[:, :5])
+        same = [len(set(a[:5]) & set(b[:5])) / 5 for a, b in zip(order_NV.tolist(), own_NV.tolist(), strict=True)]
+        assert found[2:].tolist() == [pytest.approx(sum(same)), float((order_NV[:, 0] == own_NV[:, 0]).sum())]
+        p, q = lens_NV.double().log_softmax(1), final_NV.double().log_softmax(1)
+        expected = [float((p.exp() * (p - q)).sum()), float((q.exp() * (q - p)).sum())]
+        assert found[:2].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-5)
+        if final_NV is ends:  # without equal logits both ways are one
+            final = lens._final(final_NV)
+            assert torch.equal(lens._by_top(lens_NV, *final), lens._by_rank(lens_NV, *final))
 
 
 def test_effective_depth_of_known_curves() -> None:

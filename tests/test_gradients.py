@@ -238,6 +238,23 @@ def test_pieces_are_halved_until_they_add_up(decoder: Decoder) -> None:
     assert stopped.points_L.max() <= 7 and not stopped.complete_L.all()
 
 
+def test_a_layer_that_is_not_complete_is_refused_before_the_next_one_is_taken(decoder: Decoder) -> None:
+    asked: dict[str, Any] = {"target": "mean-log", "rule": "adaptive", "steps": 2, "tolerance": 1e-5, "most": 40}
+    rough = integrated_gradients(decoder, IDS, 3, **asked)
+    assert not rough.complete_L.all() and rough.complete_L.any()
+    bad = int((~rough.complete_L).nonzero()[0])
+    done: list[int] = []
+    with pytest.raises(Refused, match=rf"of layer {bad} do not add up: with {int(rough.points_L[bad])} points"):
+        integrated_gradients(decoder, IDS, 3, only_complete=True, progress=done.append, **asked)
+    assert sum(done) == bad < len(decoder) - 1
+    assert not any("forward" in layer.__dict__ for layer in decoder.layers)
+    kind = {**asked, "tolerance": 0.1}
+    assert torch.equal(
+        integrated_gradients(decoder, IDS, 3, only_complete=True, **kind).map_LT,
+        integrated_gradients(decoder, IDS, 3, **kind).map_LT,
+    )
+
+
 def test_a_spike_on_the_path_takes_few_points() -> None:
     """arctan((r - 0.3) / w) turns within w: pieces find it, as many even points do not."""
 
