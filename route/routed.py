@@ -55,7 +55,7 @@ class RoutedModel:
             raise UsageError(f"routers of {routers.layers} layers do not fit a model of {len(decoder)} layers")
         self.decoder, self.dial = decoder, parse_dial(dial)
         check_routable(decoder)
-        self._routers = routers.to(decoder.device)
+        self.routers = routers.to(decoder.device)
         self._layerwise = Layerwise(decoder)
         self._stacks: OrderedDict[Counts, OtherStack] = OrderedDict()
 
@@ -93,8 +93,8 @@ class RoutedModel:
         chances = []
         for layer in range(len(self.decoder)):
             pooled_BWD, real_BW = pool_windows(states_BTD(state.hidden, rows, tokens), mask_BT)
-            device = self._routers.up_LHD.device
-            logits_BC = self._routers.one_layer(layer, pooled_BWD.to(device), real_BW.to(device))
+            device = self.routers.up_LHD.device
+            logits_BC = self.routers.one_layer(layer, pooled_BWD.to(device), real_BW.to(device))
             chances.append(turn_dial(logits_BC, self.dial).cpu())
             state = _advance(batch, layer, state, chances[-1].argmax(dim=-1))
         return [choose(chance_LC) for chance_LC in torch.stack(chances, dim=1)]
