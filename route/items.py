@@ -5,6 +5,7 @@ One object a line: `prompt` with `answer`, or `prompt` with `options` and `gold`
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ class Item:
     prompt: tuple[int, ...]
     endings: tuple[tuple[int, ...], ...]
     gold: int | None
+
+
+def prompt_key(prompt: Sequence[int]) -> str:
+    """16 hexadecimal digits that tell a prompt by its token ids.
+
+    `about` in routers.json lists under `prompts` those of all items of the search that the routers come from, so that they
+    are not measured on what they have learnt.
+    """
+    return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:16]
 
 
 def load_items(path: Path, tokenizer: Any, vocab: int, context: int | None = None) -> list[Item]:
