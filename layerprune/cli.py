@@ -10,7 +10,21 @@ import click
 
 from layerprune import __version__
 from layerprune.cli_options import (
-    DEVICE, DTYPE, EVAL_DATA, JSON, LIMIT, MODEL, SEED, TASK_FOLDER, TASKS, TRUST, VERBOSE, out_folder, show, split, with_options,
+    DEVICE,
+    DTYPE,
+    EVAL_DATA,
+    JSON,
+    LIMIT,
+    MODEL,
+    SEED,
+    TASK_FOLDER,
+    TASKS,
+    TRUST,
+    VERBOSE,
+    out_folder,
+    show,
+    split,
+    with_options,
 )  # fmt: skip
 from layerprune.cli_route import route
 

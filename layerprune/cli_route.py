@@ -7,7 +7,20 @@ from typing import Any
 import click
 
 from layerprune.cli_options import (
-    DEVICE, DTYPE, EVAL_DATA, JSON, MODEL, SEED, TASK_FOLDER, TASKS, TRUST, VERBOSE, out_folder, show, split, with_options,
+    DEVICE,
+    DTYPE,
+    EVAL_DATA,
+    JSON,
+    MODEL,
+    SEED,
+    TASK_FOLDER,
+    TASKS,
+    TRUST,
+    VERBOSE,
+    out_folder,
+    show,
+    split,
+    with_options,
 )  # fmt: skip
 
 _ITEMS = click.option(
@@ -55,7 +68,8 @@ def search(tasks: str | None, stop_shorter: int, no_stop: bool, as_json: bool, *
 
     The same command again goes on where a killed one stopped; when it is finished, it prints the result again.
     """
-    from layerprune.routing import format_search, search_routing
+    from layerprune.route_report import format_search
+    from layerprune.routing import search_routing
 
     result = search_routing(tasks=split(tasks), stop_shorter=None if no_stop else stop_shorter, progress=True, **options)
     show(result, as_json, lambda: format_search(result))
@@ -69,13 +83,15 @@ def search(tasks: str | None, stop_shorter: int, no_stop: bool, as_json: bool, *
 @click.option("--batch-size", type=int, default=16, show_default=True, metavar="B", help="Items a step.")
 @click.option("--warm-up", type=int, default=500, show_default=True, metavar="N", help="Steps of warm-up; a tenth of all at most.")
 @click.option("--held-out", type=float, default=0.1, show_default=True, metavar="S", help="Share of items not trained on.")
-@with_options(SEED, DTYPE, DEVICE, TRUST, out_folder("runs/<model>-routers"), JSON, VERBOSE)
+@click.option("--model", metavar="M", help="The model of the search, where it lies elsewhere now  [as in the search].")
+@with_options(SEED, DEVICE, TRUST, out_folder("runs/<model>-routers"), JSON, VERBOSE)
 def train(as_json: bool, **options: Any) -> None:
     """Train one router a layer on the paths of a search; the model itself stays as it is.
 
     The same command again goes on where a killed one stopped; when it is finished, it prints the result again.
     """
-    from layerprune.routing import format_training, train_routing
+    from layerprune.route_report import format_training
+    from layerprune.routing import train_routing
 
     result = train_routing(progress=True, **options)
     show(result, as_json, lambda: format_training(result))

@@ -74,8 +74,8 @@ def train_routers(
 
     folder: where `training.pt` is kept between epochs; a call with the same features and settings goes on there. progress is
     told epochs as they are done. Returns the routers on the CPU, and a report: items, classes of the training labels, alpha,
-    the mean loss of each epoch, and the held-out scores. Raises UsageError for too few items, Refused for a folder with
-    another training, and for a loss that is not a number.
+    the mean loss of each epoch, that of the held-out items after each, and their scores. Raises UsageError for too few items,
+    Refused for a folder with another training, and for a loss that is not a number.
     """
     train_N, held_N = settings.split(len(features.labels_NL))
     classes = torch.bincount(features.labels_NL[train_N].flatten(), minlength=CLASSES).tolist()
@@ -84,7 +84,7 @@ def train_routers(
     routers = Routers(layers, width, settings.seed).to(device)
     optimizer = torch.optim.AdamW(routers.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     run = {"features": features.key, **asdict(settings)}
-    losses = _resume(folder, run, routers, optimizer)
+    losses, held = _resume(folder, run, routers, optimizer)
     progress(len(losses))
     a_epoch = -(-len(train_N) // settings.batch)
     for epoch in range(len(losses), settings.epochs):
@@ -103,15 +103,25 @@ def train_routers(
         losses.append(total / len(train_N))
         if not math.isfinite(losses[-1]):
             raise Refused(f"the routers' loss in epoch {epoch + 1} is not a number: use a smaller learning rate")
-        _save(folder, run, routers, optimizer, losses)
+        held.append(_loss(routers, features, held_N, alpha_C, device, settings.batch))
+        _save(folder, run, routers, optimizer, losses, held)
         progress(1)
     routers.eval()
     confusion_CC = _confusion(routers, features, held_N, device, settings.batch)
     report = {
         "items": items, "trained_on": len(train_N), "classes": dict(zip(ACTIONS, classes, strict=True)),
-        "alpha": alpha_C.tolist(), "losses": losses, "held_out": scores(confusion_CC),
+        "alpha": alpha_C.tolist(), "losses": losses, "held_out_losses": held, "held_out": scores(confusion_CC),
     }  # fmt: skip
     return routers.cpu(), report
+
+
+@torch.no_grad()
+def _loss(routers: Routers, features: Features, items_N: torch.Tensor, alpha_C: torch.Tensor, device: str, batch: int) -> float:
+    total = 0.0
+    for part_B in items_N.split(batch):
+        logits_BLC = routers(features.pooled_NLWD[part_B].to(device), features.real_NW[part_B].to(device))
+        total += float(focal_loss(logits_BLC, features.labels_NL[part_B].to(device), alpha_C)) * len(part_B)
+    return total / len(items_N)
 
 
 @torch.no_grad()
@@ -147,10 +157,10 @@ def scores(confusion_CC: torch.Tensor) -> dict[str, Any]:
     return found
 
 
-def _save(folder: Path, run: dict[str, Any], routers: Routers, optimizer: Any, losses: list[float]) -> None:
+def _save(folder: Path, run: dict[str, Any], routers: Routers, optimizer: Any, losses: list[float], held: list[float]) -> None:
     path = folder / "training.pt"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    state = {"run": run, "routers": routers.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+    state = {"run": run, "routers": routers.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses, "held": held}
     try:
         with no_space_refusal(path, "the epoch before stays"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -163,11 +173,11 @@ def _save(folder: Path, run: dict[str, Any], routers: Routers, optimizer: Any, l
         temporary.unlink(missing_ok=True)
 
 
-def _resume(folder: Path, run: dict[str, Any], routers: Routers, optimizer: Any) -> list[float]:
-    """Take over what an earlier call has left; returns the losses of the epochs that are done."""
+def _resume(folder: Path, run: dict[str, Any], routers: Routers, optimizer: Any) -> tuple[list[float], list[float]]:
+    """Take over what an earlier call has left; returns the losses of the epochs that are done, trained on and held out."""
     path = folder / "training.pt"
     if not path.exists():
-        return []
+        return [], []
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         same = state["run"] == run
@@ -177,4 +187,4 @@ def _resume(folder: Path, run: dict[str, Any], routers: Routers, optimizer: Any)
         raise Refused(f"{path} belongs to a training with other prompts or settings: choose another folder or remove it")
     routers.load_state_dict(state["routers"])
     optimizer.load_state_dict(state["optimizer"])
-    return list(state["losses"])
+    return list(state["losses"]), list(state["held"])
