@@ -39,7 +39,7 @@ def task_requests(ready: Any, limit: int | None, seed: int, splits: dict[str, st
         with contextlib.ExitStack() as stack:
             stack.enter_context(quiet())
             if splits is not None:
-                stack.enter_context(_documents_of(task, splits[name]))
+                stack.enter_context(documents_of(task, splits[name]))
             try:
                 task.build_all_requests(limit=limit, rank=0, world_size=1)
                 found[name] = _asked(task)
@@ -65,7 +65,7 @@ def pick_splits(ready: Any, split: str | None, default: Sequence[str]) -> dict[s
 
 
 @contextlib.contextmanager
-def _documents_of(task: Any, split: str) -> Iterator[None]:
+def documents_of(task: Any, split: str) -> Iterator[None]:
     """Inside the block lm-eval takes the documents of this split for those that it evaluates."""
     if split == ("test" if task.has_test_docs() else "validation"):
         yield  # as they are
