@@ -7,11 +7,12 @@ stack in which a repeated layer has two slots and a skipped one none (`layerprun
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,8 +29,12 @@ from layerprune.route.router import Routers, Windows, choose, parse_dial, turn_d
 
 _MOST_STACKS = 256
 _DECIDED_TOKENS = 8192
-_OWN_CACHE = {"cache", "past_key_values", "cache_implementation", "prefill_chunk_size", "inputs_embeds"}
+_OWN_CACHE = {"cache", "past_key_values", "cache_implementation", "prefill_chunk_size", "use_cache"}
 """Options of `generate` under which its first pass is not a plain one."""
+
+Made = TypeVar("Made")
+Work = Callable[[Decoder, Sequence[int]], Sequence[Made]]
+"""What generates from rows of one path: it gets the stack of that path, and gives one result a row."""
 
 Prompt = Sequence[int]
 """Token ids of one prompt, without padding."""
@@ -62,6 +67,8 @@ class RoutedModel:
         self.routers = routers.to(decoder.device)
         self._layerwise = Layerwise(decoder)
         self._stacks: OrderedDict[Counts, OtherStack] = OrderedDict()
+        self.built_seconds = 0.0
+        """Spent on finding and proving stacks, once a path, in `generate`."""
         self._prefill: Prefill | None = None
         self._looked = False
 
@@ -120,38 +127,54 @@ class RoutedModel:
         found: list[Generated | None] = [None] * len(prompts)
 
         def part(rows: Sequence[int]) -> None:
-            made = self._generate([prompts[row] for row in rows], max_new_tokens, options)
-            for row, one in zip(rows, made, strict=True):
-                found[row] = one
+            ids_BT, mask_BT = _left_padded([prompts[row] for row in rows])
+
+            def work(routed: Decoder, members: Sequence[int]) -> list[tuple[int, ...]]:
+                return _continue(routed, ids_BT[members], mask_BT[members], max_new_tokens, options)
+
+            for row, (tokens, counts) in zip(
+                rows, self.by_path(ids_BT, mask_BT, work, not _OWN_CACHE & options.keys()), strict=True
+            ):
+                found[row] = Generated(tokens, counts)
 
         for batch in batches(prompts, _DECIDED_TOKENS):
             in_halves(batch.rows, part)
         return [made for made in found if made is not None]
 
-    def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, options: dict[str, Any]) -> list[Generated]:
-        """`generate` for what fits into one batch."""
-        ids_BT, mask_BT = _left_padded(prompts)
-        filled = self._filled(ids_BT, mask_BT, options)
-        decided = [choose(chance_LC) for chance_LC in filled.chance_LBC.transpose(0, 1)] if filled else self.decide(prompts)
+    @torch.no_grad()
+    def by_path(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, work: Work[Made], once: bool = True
+    ) -> list[tuple[Made, Counts]]:
+        """Let `work` generate from the rows of each path; what it made of each row, and its path.
+
+        ids_BT: prompts padded on the left; mask_BT: 1 on real tokens. `work(routed, rows)` is called once a path, with the stack
+        of that path entered, and must generate from these rows of ids_BT and mask_BT, as wide as they are, before it lets the
+        model do anything else: the model's first pass may be done already, unless `once` is False. Raises what `generate` raises.
+        """
+        filled = self._filled(ids_BT, mask_BT) if once else None
+        if filled is None:
+            decided = self.decide([ids_T[mask_T.bool()].tolist() for ids_T, mask_T in zip(ids_BT, mask_BT, strict=True)])
+        else:
+            decided = [choose(chance_LC) for chance_LC in filled.chance_LBC.transpose(0, 1)]
         groups: dict[tuple[Counts, bool], list[int]] = {}
         for row, counts in enumerate(decided):
             groups.setdefault((counts, filled is not None and filled.counts[row] == counts), []).append(row)
-        found: list[Generated | None] = [None] * len(prompts)
+        found: dict[int, Made] = {}
         for (counts, known), rows in groups.items():
+            started = time.perf_counter()
+            new = counts not in self._stacks
             with self.stack(counts).entered() as routed:
+                if new:
+                    self.built_seconds += time.perf_counter() - started
                 first = first_pass_done(routed.model, *filled.part(rows, counts)) if filled and known else nullcontext()
                 with first:
-                    # the slots of a cache are as wide as the batch
-                    width = ids_BT.shape[1] if known else max(len(prompts[row]) for row in rows)
-                    made = _continue(routed, ids_BT[rows, -width:], mask_BT[rows, -width:], max_new_tokens, options)
-            for row, tokens in zip(rows, made, strict=True):
-                found[row] = Generated(tokens, counts)
-        return [made for made in found if made is not None]
+                    found |= zip(rows, work(routed, rows), strict=True)
+        return [(found[row], counts) for row, counts in enumerate(decided)]
 
-    def _filled(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, options: dict[str, Any]) -> Filled | None:
+    def _filled(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> Filled | None:
         """The pass that decides and fills the cache; None where that is not to be had."""
-        asked = self.decoder.model.generation_config
-        if self.dial >= 0.5 or asked.cache_implementation or asked.prefill_chunk_size or _OWN_CACHE & options.keys():
+        settings = self.decoder.model.generation_config
+        if self.dial >= 0.5 or settings.cache_implementation or settings.prefill_chunk_size:
             return None
         left_to_others: tuple[type[Exception], ...] = (Refused, *model_errors())
         try:
