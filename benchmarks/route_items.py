@@ -5,9 +5,9 @@
 
 cloze: from documents ({"text": ...} a line) sentences without their last word, after those that stand before them; the
 options are the last word and three others that end sentences of these documents, stand there after the same word too, and are
-about as frequent. A document gives items for training or for testing, by its hash. demo: questions about the demo's world and puzzles; those for testing
-are the first of the demo's own tasks, those for training about other facts and with other cores. Both are deterministic,
-and no prompt stands in both files.
+about as frequent. A document gives items for training or for testing, by its hash. demo: questions about the demo's world and
+puzzles; those for testing are the first of the demo's own tasks, those for training about other facts and with other cores.
+Both are deterministic, and no prompt stands in both files.
 """
 
 from __future__ import annotations

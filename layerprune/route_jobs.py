@@ -92,9 +92,9 @@ def _in_processes(search: Search, left: Sequence[int], work: Path, jobs: int, pr
         place = work / f"job-{k}"
         place.mkdir(exist_ok=True)
         (place / LOG).write_text("")
-        part = str(_part(work.absolute()))
-        write_json(place / SPEC, {**told, "numbers": left[k::jobs], "part": part, "environment": environment})
-        places.append((place, Path(part)))
+        own = _part(work.absolute())
+        write_json(place / SPEC, {**told, "numbers": left[k::jobs], "part": str(own), "environment": environment})
+        places.append((place, own))
     running: list[tuple[Worker, Path]] = []
     seen = 0
     with sigterm_is_an_exit():

@@ -75,7 +75,8 @@ def found_records(
 
     Raises Refused for a file of another search.
     """
-    head, found = _head(base, items, layers, settings, seed), {}
+    head = _head(base, items, layers, settings, seed)
+    found: dict[int, dict[str, Any]] = {}
     for path in parts:
         data = path.read_bytes()
         found |= {record["number"]: record for record in _records(data, path, head)}
