@@ -9,7 +9,6 @@ import click
 from layerprune.cli_options import (
     DEVICE,
     DTYPE,
-    EVAL_DATA,
     JSON,
     MODEL,
     SEED,
@@ -42,8 +41,8 @@ def route() -> None:
     """Let every prompt choose the layers that it runs through (arXiv 2510.12773).
 
     `search` finds for each prompt with a known answer a short path of layers that answers it; `train` trains one small
-    router a layer on these paths; `eval` measures routed models beside static cuts; `bake` writes the path that most
-    prompts take as a checkpoint of its own.
+    router a layer on these paths; `eval` measures routed models beside static cuts; `bake` says which layers could be cut
+    for good.
     """
 
 
@@ -102,7 +101,7 @@ def train(as_json: bool, **options: Any) -> None:
 @click.option(
     "--dial", "dials", multiple=True, metavar="D",
     help="router (their own choice, -0.5), execute (every layer once, 0.5), or a number from -1 (skip) to 1 (repeat); may be "
-    "repeated  [execute, router].",
+    "repeated; execute is always measured  [-0.6, router, -0.25, 0].",
 )  # fmt: skip
 @click.option(
     "--static", type=click.Choice(["angular", "last-n", "both", "none"]), default="both", show_default=True,
@@ -113,20 +112,30 @@ def train(as_json: bool, **options: Any) -> None:
 def evaluate(tasks: str | None, dials: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Accuracy and mean depth of a routed model, beside static cuts of the same items.
 
-    The same command again goes on where a killed one stopped; when it is finished, it prints the result again.
+    The same command again goes on where a killed one stopped; the same folder again takes more dials.
     """
-    from layerprune.route_use import evaluate_routing, format_routing
+    from layerprune.route_text import format_routing
+    from layerprune.route_use import evaluate_routing
 
     result = evaluate_routing(tasks=split(tasks), dials=list(dials) or None, progress=True, **options)
     show(result, as_json, lambda: format_routing(result))
 
 
-@route.command(short_help="Write the most taken path as a checkpoint.")
-@with_options(MODEL, _ROUTERS, TASKS, _ITEMS, TASK_FOLDER, _LIMIT, _split_option("train"), EVAL_DATA)
+@route.command(short_help="Layers that routers always skip.")
+@with_options(MODEL, _ROUTERS, TASKS, _ITEMS, TASK_FOLDER, _LIMIT, _split_option("train"))
+@click.option("--eval-data", metavar="FILE|c4", help="Instead of tasks or items: documents (JSONL, text; .gz, .zst; Parquet).")
+@click.option("--dial", default="router", show_default=True, metavar="D", help="As in `route eval`.")
+@click.option(
+    "--always", type=float, default=1.0, show_default=True, metavar="S", help="Share of the prompts that counts as always."
+)
 @with_options(SEED, DTYPE, DEVICE, TRUST, out_folder("runs/<model>-baked"), JSON, VERBOSE)
 def bake(tasks: str | None, as_json: bool, **options: Any) -> None:
-    """Write a checkpoint of the one path that the routers take most on these prompts: it needs no router to be served."""
-    from layerprune.route_use import bake_routing, format_baked
+    """Which layers do the routers always skip on these prompts? Writes cut.json, and prints the commands that cut them.
+
+    The prompts are those of tasks, of items, or the documents of --eval-data. Nothing is cut.
+    """
+    from layerprune.route_bake import bake_routing
+    from layerprune.route_text import format_baked
 
     result = bake_routing(tasks=split(tasks), progress=True, **options)
     show(result, as_json, lambda: format_baked(result))

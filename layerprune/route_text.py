@@ -52,6 +52,42 @@ def _beside(one: Mapping[str, Any], strategy: str, task: str | None = None) -> s
     return f"{own['accuracy'] - against['difference']:.4f}"
 
 
+def format_baked(result: Mapping[str, Any]) -> str:
+    """What the routers do with each layer, and how the layers that they always skip are cut."""
+    paths, shares = result["paths"], [result[name] for name in ("skip", "execute", "repeat")]
+    lines = [
+        f"{result['model']}: {result['layers']} layers, {result['prompts']:,} prompts, {paths['different']:,} different paths "
+        f"(the most frequent on {_percent(paths['share'])} of the prompts)"
+    ]
+    moved = [layer for layer in range(result["layers"]) if shares[1][layer] < 1]
+    if moved:
+        rows: list[tuple[str, ...]] = [("layer", "skipped", "executed", "repeated")]
+        rows += [(str(layer), *(_percent(share[layer]) for share in shares)) for layer in moved]
+        lines += ["", *columns(rows), *([] if len(moved) == result["layers"] else ["all others are executed on every prompt"])]
+    which = "on every prompt" if result["always"] == 1 else f"on {_percent(result['always'])} of the prompts or more"
+    if not result["dropped"]:
+        nearest = ", ".join(f"{layer} (on {_percent(share)})" for layer, share in result["nearest"] if share)
+        told = f"nearest: layer {nearest}" if nearest else "none is skipped on any"
+        lines += ["", f"No layer is skipped {which} ({told}): there is nothing to cut for good."]
+    else:
+        blocks = ", ".join(f"{start}:{stop}" for start, stop in reversed(result["blocks"]))
+        lines += ["", f"Skipped {which}: layers {blocks} (0-based, half-open)."]
+        lines.append(f"Without them the model is the routed one on {_percent(result['same'])} of the prompts.")
+        if result["refused"]:
+            lines.append(f"It cannot be written as a checkpoint: {result['refused']}")
+        elif len(result["commands"]) > 1:
+            lines.append(f"They are {len(result['commands'])} blocks, and `prune` cuts one at a time, from the deepest on:")
+        lines += result["commands"]
+    return "\n".join([*lines, "", f"{result['folder']}: cut.json"])
+
+
+def _percent(share: float) -> str:
+    """A share in per cent; 100 and 0 are exact."""
+    if share in (0, 1):
+        return f"{100 * share:.0f} %"
+    return f"{min(max(100 * share, 0.1), 99.9):.1f} %"
+
+
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of text, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -59,7 +59,7 @@ FLAGS = {
     "route train": ROUTE
     | {"--search", "--epochs", "--learning-rate", "--weight-decay", "--batch-size", "--warm-up", "--held-out"},
     "route eval": ROUTE | ITEMS | {"--routers", "--dial", "--static", "--rank", "--dtype"},
-    "route bake": ROUTE | ITEMS | {"--routers", "--eval-data", "--dtype"},
+    "route bake": ROUTE | ITEMS | {"--routers", "--eval-data", "--dtype", "--dial", "--always"},
     "recipes": {"--json", "-h", "--help"},
     "check": {"--drop", "--device", "--memory", "--ram", "--json", "-h", "--help"},
 }
