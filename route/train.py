@@ -1,8 +1,11 @@
 """Train the routers on labelled paths (arXiv 2510.12773, section 3.2 and appendix D); the base model takes no part.
 
-AdamW, a cosine with a linear warm-up, focal loss with weights from the data's own class counts. After every epoch all that
-is needed to go on is written, and the order of an epoch hangs on the seed and its number alone: a killed training that goes
-on ends with the very weights of one that was not.
+AdamW, a cosine with a linear warm-up, focal loss with weights from the data's own class counts. The routers have no norm, and
+streams of some models are a hundred times as large as those of others: while they are trained each layer's states are divided
+by their size, which goes into the first weights in the end. That is ours; the routers' form is the paper's.
+
+After every epoch all that is needed to go on is written, and the order of an epoch hangs on the seed and its number alone: a
+killed training that goes on ends with the very weights of one that was not.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from layerprune.route.router import CLASSES, Routers
 @dataclass(frozen=True)
 class TrainSettings:
     """warmup: steps, but at most a tenth of all. held_out: items that are not trained on, a tenth (at least one) where None.
+    scaled: whether states are divided by their size while training.
 
     Raises UsageError for values out of range.
     """
@@ -38,6 +42,7 @@ class TrainSettings:
     warmup: int = 500
     held_out: int | None = None
     seed: int = 0
+    scaled: bool = True
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 1 or self.warmup < 0:
@@ -84,6 +89,13 @@ def train_routers(
     routers = Routers(layers, width, settings.seed).to(device)
     optimizer = torch.optim.AdamW(routers.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     run = {"features": features.key, **asdict(settings)}
+    scale_L = _sizes(features, train_N, settings.batch).reciprocal() if settings.scaled else torch.ones(layers)
+    scale_L11 = scale_L.to(device)[:, None, None]
+
+    def mean_loss(part_B: torch.Tensor) -> torch.Tensor:
+        pooled_BLWD = features.pooled_NLWD[part_B].to(device) * scale_L11
+        return focal_loss(routers(pooled_BLWD, features.real_NW[part_B].to(device)), features.labels_NL[part_B].to(device), alpha_C)
+
     losses, held = _resume(folder, run, routers, optimizer)
     progress(len(losses))
     a_epoch = -(-len(train_N) // settings.batch)
@@ -94,8 +106,7 @@ def train_routers(
         for at, part_B in enumerate(order_N.split(settings.batch)):
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate(epoch * a_epoch + at, settings.epochs * a_epoch)
-            logits_BLC = routers(features.pooled_NLWD[part_B].to(device), features.real_NW[part_B].to(device))
-            loss = focal_loss(logits_BLC, features.labels_NL[part_B].to(device), alpha_C)
+            loss = mean_loss(part_B)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -103,10 +114,13 @@ def train_routers(
         losses.append(total / len(train_N))
         if not math.isfinite(losses[-1]):
             raise Refused(f"the routers' loss in epoch {epoch + 1} is not a number: use a smaller learning rate")
-        held.append(_loss(routers, features, held_N, alpha_C, device, settings.batch))
+        with torch.no_grad():
+            held.append(sum(float(mean_loss(part_B)) * len(part_B) for part_B in held_N.split(settings.batch)) / len(held_N))
         _save(folder, run, routers, optimizer, losses, held)
         progress(1)
     routers.eval()
+    with torch.no_grad():
+        routers.up_LHD.mul_(scale_L11)
     confusion_CC = _confusion(routers, features, held_N, device, settings.batch)
     report = {
         "items": items, "trained_on": len(train_N), "classes": dict(zip(ACTIONS, classes, strict=True)),
@@ -115,13 +129,16 @@ def train_routers(
     return routers.cpu(), report
 
 
-@torch.no_grad()
-def _loss(routers: Routers, features: Features, items_N: torch.Tensor, alpha_C: torch.Tensor, device: str, batch: int) -> float:
-    total = 0.0
+def _sizes(features: Features, items_N: torch.Tensor, batch: int) -> torch.Tensor:
+    """(L,), the root mean square of what enters each layer, over items, their windows and features; 1 where that is 0."""
+    total_L, count = torch.zeros(features.pooled_NLWD.shape[1], dtype=torch.float64), 0
     for part_B in items_N.split(batch):
-        logits_BLC = routers(features.pooled_NLWD[part_B].to(device), features.real_NW[part_B].to(device))
-        total += float(focal_loss(logits_BLC, features.labels_NL[part_B].to(device), alpha_C)) * len(part_B)
-    return total / len(items_N)
+        real_BW = features.real_NW[part_B]
+        pooled_BLWD = features.pooled_NLWD[part_B].double() * real_BW[:, None, :, None]
+        total_L += pooled_BLWD.square().sum(dim=(0, 2, 3))
+        count += int(real_BW.sum()) * pooled_BLWD.shape[-1]
+    size_L = (total_L / count).sqrt().float()
+    return torch.where(size_L > 0, size_L, 1.0)
 
 
 @torch.no_grad()
