@@ -10,6 +10,7 @@ from layerprune.cli_options import (
     DEVICE,
     DTYPE,
     JSON,
+    LIMIT,
     MODEL,
     SEED,
     TASK_FOLDER,
@@ -25,7 +26,6 @@ from layerprune.cli_options import (
 _ITEMS = click.option(
     "--items", metavar="FILE", help="Instead of tasks: JSON lines with `prompt` and `answer`, or `prompt`, `options` and `gold`."
 )
-_LIMIT = click.option("--limit", type=int, metavar="N", help="Only the first N items of every task, or of the file.")
 _ROUTERS = click.option("--routers", required=True, metavar="DIR", help="Routers of this model: the folder of `route train`.")
 
 
@@ -47,7 +47,7 @@ def route() -> None:
 
 
 @route.command(short_help="Find a short path for each prompt.")
-@with_options(MODEL, TASKS, _ITEMS, TASK_FOLDER, _LIMIT, _split_option("train"))
+@with_options(MODEL, TASKS, _ITEMS, TASK_FOLDER, LIMIT, _split_option("train"))
 @click.option("--simulations", type=int, default=50, show_default=True, metavar="N", help="Paths tried for an item, at most.")
 @click.option("--length-penalty", type=float, default=3.0, show_default=True, metavar="X", help="How strongly short paths draw.")
 @click.option(
@@ -97,7 +97,7 @@ def train(as_json: bool, **options: Any) -> None:
 
 
 @route.command("eval", short_help="Routed models beside static cuts.")
-@with_options(MODEL, _ROUTERS, TASKS, _ITEMS, TASK_FOLDER, _LIMIT, _split_option("test"))
+@with_options(MODEL, _ROUTERS, TASKS, _ITEMS, TASK_FOLDER, LIMIT, _split_option("test"))
 @click.option(
     "--dial", "dials", multiple=True, metavar="D",
     help="router (their own choice, -0.5), execute (every layer once, 0.5), or a number from -1 (skip) to 1 (repeat); may be "
@@ -122,7 +122,7 @@ def evaluate(tasks: str | None, dials: tuple[str, ...], as_json: bool, **options
 
 
 @route.command(short_help="Layers that routers always skip.")
-@with_options(MODEL, _ROUTERS, TASKS, _ITEMS, TASK_FOLDER, _LIMIT, _split_option("train"))
+@with_options(MODEL, _ROUTERS, TASKS, _ITEMS, TASK_FOLDER, LIMIT, _split_option("train"))
 @click.option("--eval-data", metavar="FILE|c4", help="Instead of tasks or items: documents (JSONL, text; .gz, .zst; Parquet).")
 @click.option("--dial", default="router", show_default=True, metavar="D", help="As in `route eval`.")
 @click.option(

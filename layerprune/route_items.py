@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,12 @@ def read_items(wanted: Wanted, tokenizer: Any) -> RouteItems:
     config = load_config(wanted.source.folder, wanted.trust)
     vocab, context = vocab_size(config), pick_length(None, config)
     if wanted.file is not None:
-        return RouteItems(load_items(wanted.file, tokenizer, vocab, context)[: wanted.limit], {})
+        found, counts = [], Counter[str]()
+        for item in load_items(wanted.file, tokenizer, vocab, context):
+            counts[item.task] += 1
+            if wanted.limit is None or counts[item.task] <= wanted.limit:
+                found.append(item)
+        return RouteItems(found, {})
     return _of_tasks(wanted, tokenizer, vocab)
 
 
