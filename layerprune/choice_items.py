@@ -7,6 +7,7 @@ from typing import Any
 
 from layerprune.depth.choices import Item
 from layerprune.model.errors import Refused
+from layerprune.task_requests import Asked, task_requests
 
 
 def choice_items(
@@ -18,22 +19,14 @@ def choice_items(
     as options (` A`, ` B`) are of one token, sentences are not.
     """
     from layerprune.eval.harness import LiveModel
-    from layerprune.eval.tasks import ask_harness, load_tasks
-
-    class Recorder(LiveModel):
-        """Answers nothing: every request is as likely as every other."""
-
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            return [(0.0, False) for _ in requests]
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return ["" for _ in requests]
+    from layerprune.eval.tasks import load_tasks, quiet
 
     ready = load_tasks(tasks, folder, seed)
-    lm = Recorder(live, tokenizer)
+    with quiet():
+        lm = LiveModel(live, tokenizer)
     found: dict[str, list[Item]] = {}
-    for name, samples in ask_harness(lm, ready, limit, seed)["samples"].items():
-        items = [item for sample in samples if (item := _item(lm, sample)) is not None]
+    for name, documents in task_requests(ready, limit, seed).items():
+        items = [item for asked in documents if (item := _item(lm, asked)) is not None]
         if not items:
             raise Refused(
                 f"--tasks {name} has no items whose options are single tokens: take a task with letters as options (MMLU, ARC in "
@@ -43,20 +36,16 @@ def choice_items(
     return found
 
 
-def _item(lm: Any, sample: Mapping[str, Any]) -> Item | None:
+def _item(lm: Any, asked: Asked) -> Item | None:
     """One item, None where an option has more than one token or the options have several contexts."""
-    arguments = sample["arguments"]
-    pairs = list(arguments.values()) if isinstance(arguments, Mapping) else arguments
-    try:
-        texts = [(p["arg_0"], p["arg_1"]) if isinstance(p, Mapping) else (p[0], p[1]) for p in pairs]
-    except (KeyError, IndexError, TypeError):
+    if not all(context and option for context, option in asked.pairs):
         return None
-    encoded = [lm._encode_pair(context, option) for context, option in texts if isinstance(option, str)]
+    encoded = [lm._encode_pair(context, option) for context, option in asked.pairs]
     if len(encoded) < 2 or any(len(option) != 1 for _, option in encoded) or len({tuple(c) for c, _ in encoded}) != 1:
         return None
     context, options = tuple(encoded[0][0]), tuple(option[0] for _, option in encoded)
     if not context or len(context) > lm.max_length or len(set(options)) < len(options):
         return None
-    gold = sample.get("target")
+    gold = asked.target
     gold = int(gold) if isinstance(gold, int | str) and str(gold).isdigit() and int(gold) < len(options) else None
     return Item(context, options, gold)

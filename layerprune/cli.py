@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from layerprune import __version__
-
-Command = Callable[..., Any]
+from layerprune.cli_options import (
+    DEVICE,
+    DTYPE,
+    EVAL_DATA,
+    JSON,
+    LIMIT,
+    MODEL,
+    SEED,
+    TASK_FOLDER,
+    TASKS,
+    TRUST,
+    VERBOSE,
+    out_folder,
+    show,
+    split,
+    with_options,
+)  # fmt: skip
+from layerprune.cli_route import route
 
 
 class _Group(click.Group):
@@ -52,22 +65,6 @@ def main() -> None:
     """
 
 
-def _options(*options: Command) -> Command:
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if value:
-        os.environ["LAYERPRUNE_VERBOSE"] = "1"
-        logging.basicConfig(level=logging.INFO)
-
-
-_model = click.option("--model", required=True, metavar="M", help="Recipe name (llama-2-70b), Hub id, or local folder.")
 _drop = click.option("--drop", type=float, metavar="F", help="Fraction of layers to drop; F times L is rounded half up.")
 _strategy = click.option(
     "--strategy", type=click.Choice(["angular", "last"]), default="angular", show_default=True,
@@ -84,32 +81,16 @@ _heal_with = click.option(
     "--heal-with", multiple=True, metavar="K=V",
     help="Another setting of `heal`, such as adapters=after, distil=1, memory=16GiB; may be repeated.",
 )  # fmt: skip
-_eval_data = click.option("--eval-data", metavar="FILE|c4", help="Data for the normalised loss  [the recipe's, or c4].")
 _samples = click.option("--samples", type=int, metavar="N", help="Documents read from the data  [256, or the recipe's].")
 _length = click.option(
     "--length", type=int, metavar="T", help="Tokens a document is cut at  [2048, or the model's context if shorter]."
 )
-_seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random choice.")
-_dtype = click.option(
-    "--dtype", default="auto", show_default=True, metavar="D",
-    help="auto, float32, bfloat16 or float16; auto: the checkpoint's on a GPU, float32 on the CPU.",
-)  # fmt: skip
-_device = click.option("--device", metavar="D", help="cpu, cuda, cuda:1  [the GPUs where there are any].")
 _memory = click.option(
     "--memory", metavar="SIZE",
     help="GPU memory that may be used, such as 24GiB  [what is free]; a larger model is read layer by layer.",
 )  # fmt: skip
 _ram = click.option("--ram", metavar="SIZE", help="Host memory that may be used, such as 8GiB  [what is free].")
-_trust = click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-_v = click.option(
-    "-v", "--verbose", is_flag=True, expose_value=False, is_eager=True, callback=_verbose,
-    help="Show the libraries' logs, and where in the code something was refused.",
-)  # fmt: skip
-_tasks = click.option("--tasks", metavar="A,B", help="lm-eval tasks; `name:5` gives 5 examples in context.")
 _shots = click.option("--num-fewshot", type=int, metavar="K", help="Examples in context, for every task that does not fix 0.")
-_limit = click.option("--limit", type=int, metavar="N", help="Only the first N items of every task.")
-_task_folder = click.option("--task-folder", metavar="DIR", help="Folder with task files (YAML) of your own.")
 _keep = click.option(
     "--keep", type=float, default=0.95, show_default=True, metavar="S",
     help="Share of the accuracy above chance that a recommended cut is shown to keep on every task (lower end of 95 % intervals).",
@@ -121,32 +102,16 @@ _verify = click.option(
 )  # fmt: skip
 
 
-def _home(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    return None if value is None else os.path.expanduser(value)
-
-
-def _out(what: str) -> Command:
-    return click.option("--out", metavar="DIR", callback=_home, help=f"New folder for the result  [{what}].")
-
-
-def _split(text: str | None) -> list[str] | None:
-    return None if text is None else [part for part in (p.strip() for p in text.split(",")) if part]
-
-
-def _print(result: Any, as_json: bool, text: Callable[[], str]) -> None:
-    click.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else text())
-
-
 @main.command(short_help="Everything, in one run folder.")
-@_options(_model)
+@with_options(MODEL)
 @click.option("--drop", type=float, required=True, metavar="F", help="Fraction of layers to drop; F times L, rounded half up.")
-@_options(_strategy, _tasks, _shots, _limit, _task_folder, _calibration, _heal_data, _eval_data)
-@_options(_heal_steps, _heal_tokens, _heal_with)
+@with_options(_strategy, TASKS, _shots, LIMIT, TASK_FOLDER, _calibration, _heal_data, EVAL_DATA)
+@with_options(_heal_steps, _heal_tokens, _heal_with)
 @click.option("--no-heal", is_flag=True, help="Stop after cutting: the result is the cut checkpoint.")
 @click.option("--curve", metavar="F,F", help="Fractions of the curve, not healed  [the recipe's; 0.1 to 0.6]; '' for none.")
-@_options(_keep)
-@_options(_samples, _length, _seed, _dtype, _device, _memory, _ram, _batch, _trust, _verify)
-@_options(_out("runs/<model>-<strategy>-<drop>"), _json, _v)
+@with_options(_keep)
+@with_options(_samples, _length, SEED, DTYPE, DEVICE, _memory, _ram, _batch, TRUST, _verify)
+@with_options(out_folder("runs/<model>-<strategy>-<drop>"), JSON, VERBOSE)
 def run(tasks: str | None, curve: str | None, no_heal: bool, as_json: bool, **options: Any) -> None:
     """Rank, prune, heal, evaluate and draw, in one run folder.
 
@@ -155,9 +120,9 @@ def run(tasks: str | None, curve: str | None, no_heal: bool, as_json: bool, **op
     from layerprune.pipeline import run as run_all
     from layerprune.report import format_run
 
-    fractions = None if curve is None else [_fraction(f) for f in _split(curve) or []]
-    result = run_all(tasks=_split(tasks), curve=fractions, heal=not no_heal, progress=True, **options)
-    _print(result, as_json, lambda: format_run(result))
+    fractions = None if curve is None else [_fraction(f) for f in split(curve) or []]
+    result = run_all(tasks=split(tasks), curve=fractions, heal=not no_heal, progress=True, **options)
+    show(result, as_json, lambda: format_run(result))
 
 
 def _fraction(text: str, option: str = "--curve") -> float:
@@ -168,7 +133,7 @@ def _fraction(text: str, option: str = "--curve") -> float:
 
 
 @main.command(short_help="The whole curve, and where it collapses.")
-@_options(_model)
+@with_options(MODEL)
 @click.option("--strategy", default="angular,last", show_default=True, metavar="S,S", help="Which blocks: angular, last or both.")
 @click.option("--drops", metavar="F:F,F", help="Fractions or ranges of them, such as 0:0.5  [every depth].")
 @click.option("--heal", metavar="F,F", help="Fractions at which the cuts are written and healed too.")
@@ -182,10 +147,10 @@ def _fraction(text: str, option: str = "--curve") -> float:
     "--launcher-args", metavar="K=V,K=V",
     help="Parameters of the jobs, by submitit's names: timeout_min=600,slurm_partition=gpu  [timeout_min=1440, one GPU].",
 )  # fmt: skip
-@_options(_keep, _tasks, _shots, _limit, _task_folder, _calibration, _heal_data, _eval_data)
-@_options(_heal_steps, _heal_tokens, _heal_with)
-@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _memory, _ram)
-@_options(_out("runs/<model>-sweep"), _json, _v)
+@with_options(_keep, TASKS, _shots, LIMIT, TASK_FOLDER, _calibration, _heal_data, EVAL_DATA)
+@with_options(_heal_steps, _heal_tokens, _heal_with)
+@with_options(_samples, _length, SEED, DTYPE, DEVICE, _batch, TRUST, _memory, _ram)
+@with_options(out_folder("runs/<model>-sweep"), JSON, VERBOSE)
 def sweep(strategy: str, tasks: str | None, heal: str | None, as_json: bool, **options: Any) -> None:
     """Loss and accuracy at every depth, both strategies, from one pass over the data; and where they collapse.
 
@@ -194,16 +159,16 @@ def sweep(strategy: str, tasks: str | None, heal: str | None, as_json: bool, **o
     from layerprune.report import format_sweep
     from layerprune.sweeping import sweep as sweep_all
 
-    healed = [_fraction(f, "--heal") for f in _split(heal) or []]
-    result = sweep_all(strategies=_split(strategy) or [], tasks=_split(tasks), heal=healed, progress=True, **options)
-    _print(result, as_json, lambda: format_sweep(result))
+    healed = [_fraction(f, "--heal") for f in split(heal) or []]
+    result = sweep_all(strategies=split(strategy) or [], tasks=split(tasks), heal=healed, progress=True, **options)
+    show(result, as_json, lambda: format_sweep(result))
 
 
 @main.command(short_help="The deepest cut that keeps the accuracy.")
-@_options(_model, _keep, _strategy, _tasks, _shots, _limit, _task_folder, _calibration, _heal_data, _eval_data)
-@_options(_heal_steps, _heal_tokens, _heal_with)
-@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _memory, _ram)
-@_options(_out("runs/<model>-find"), _json, _v)
+@with_options(MODEL, _keep, _strategy, TASKS, _shots, LIMIT, TASK_FOLDER, _calibration, _heal_data, EVAL_DATA)
+@with_options(_heal_steps, _heal_tokens, _heal_with)
+@with_options(_samples, _length, SEED, DTYPE, DEVICE, _batch, TRUST, _memory, _ram)
+@with_options(out_folder("runs/<model>-find"), JSON, VERBOSE)
 def find(tasks: str | None, as_json: bool, **options: Any) -> None:
     """How many layers can go, healed, so that a share of the accuracy above chance stays on every task?
 
@@ -212,25 +177,25 @@ def find(tasks: str | None, as_json: bool, **options: Any) -> None:
     from layerprune.report import format_find
     from layerprune.search import find as find_cut
 
-    result = find_cut(tasks=_split(tasks), progress=True, **options)
-    _print(result, as_json, lambda: format_find(result))
+    result = find_cut(tasks=split(tasks), progress=True, **options)
+    show(result, as_json, lambda: format_find(result))
 
 
 @main.command(short_help="Lay the curves of runs over one another.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN RUN ...")
-@_options(_out("runs/compare-<models>"), _json, _v)
+@with_options(out_folder("runs/compare-<models>"), JSON, VERBOSE)
 def compare(runs: tuple[str, ...], out: str | None, as_json: bool) -> None:
     """Lay the curves of run or sweep folders over one another: other models, families, strategies, healing."""
     from layerprune.comparison import compare as compare_runs
     from layerprune.comparison import format_compare
 
     result = compare_runs(runs, out)
-    _print(result, as_json, lambda: format_compare(result))
+    show(result, as_json, lambda: format_compare(result))
 
 
 @main.command(short_help="Rank all blocks of layers in one pass.")
-@_options(_model, _calibration, _samples, _length, _seed, _dtype, _device, _memory, _ram, _trust)
-@_options(_out("runs/<model>-rank"), _json, _v)
+@with_options(MODEL, _calibration, _samples, _length, SEED, DTYPE, DEVICE, _memory, _ram, TRUST)
+@with_options(out_folder("runs/<model>-rank"), JSON, VERBOSE)
 def rank(as_json: bool, **options: Any) -> None:
     """Rank all blocks of layers by angular distance, in one pass."""
     from layerprune.stages import to_stderr
@@ -239,17 +204,17 @@ def rank(as_json: bool, **options: Any) -> None:
 
     options["data"] = options.pop("calibration")
     result = rank_all(progress=True, say=to_stderr, **options)
-    _print(result, as_json, lambda: format_rank(result))
+    show(result, as_json, lambda: format_rank(result))
 
 
 @main.command(short_help="Write a checkpoint without some layers.")
-@_options(_model, _drop)
+@with_options(MODEL, _drop)
 @click.option("--layers", metavar="A:B", help="Drop layers A to B-1 instead (0-based, half-open).")
-@_options(_strategy)
+@with_options(_strategy)
 @click.option("--ranking", metavar="FILE", help="rank.json of `layerprune rank`; without it, angular ranks first.")
-@_options(_calibration, _samples, _length, _seed, _dtype, _device, _trust, _verify)
+@with_options(_calibration, _samples, _length, SEED, DTYPE, DEVICE, TRUST, _verify)
 @click.option("--dry-run", is_flag=True, help="Print where every tensor would go, and write nothing.")
-@_options(_out("runs/<model>-<strategy>-<drop>-pruned"), _json, _v)
+@with_options(out_folder("runs/<model>-<strategy>-<drop>-pruned"), JSON, VERBOSE)
 def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write a checkpoint without a block of its layers.
 
@@ -260,12 +225,12 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 
     folder = None if dry_run else prune_folder(out, **options)
     result = prune_checkpoint(out=folder, dry_run=dry_run, progress=True, **options)
-    _print(result, as_json, lambda: format_cut(result, str(folder), plan=dry_run))
+    show(result, as_json, lambda: format_cut(result, str(folder), plan=dry_run))
 
 
 @main.command(short_help="Train a cut checkpoint back with QLoRA.")
 @click.option("--model", required=True, metavar="DIR", help="The cut checkpoint (any recipe name, Hub id or folder).")
-@_options(_heal_data)
+@with_options(_heal_data)
 @click.option("--heal-steps", "steps", type=int, metavar="N", help="Optimizer steps  [5000, or the recipe's].")
 @click.option("--heal-tokens", "tokens", type=int, metavar="N", help="Instead of steps: as many as hold N tokens.")
 @click.option("--learning-rate", type=float, metavar="R", help="Peak learning rate  [3e-4, or the recipe's].")
@@ -293,10 +258,8 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 )  # fmt: skip
 @click.option("--nf4-copy", is_flag=True, help="Write the result once more in NF4, to OUT-nf4.")
 @click.option("--report-to", metavar="A,B", help="Reports beside the terminal's: tensorboard, wandb, trackio.")
-@_options(_seed, _device, _trust, _out("runs/<model>-healed"), _json, _v)
-def heal(
-    heal_data: str | None, out: str | None, as_json: bool, targets: str | None, report_to: str | None, **options: Any
-) -> None:
+@with_options(SEED, DEVICE, TRUST, out_folder("runs/<model>-healed"), JSON, VERBOSE)
+def heal(heal_data: str | None, out: str | None, as_json: bool, targets: str | None, report_to: str | None, **options: Any) -> None:
     """Train a cut checkpoint back (QLoRA on the MLPs) and merge the adapter into it.
 
     Under `accelerate launch -m layerprune heal ...` on as many GPUs as that starts processes.
@@ -308,19 +271,19 @@ def heal(
 
     folder = default_folder(out, options["model"], "healed")
     result = heal_checkpoint(
-        out=folder, data=heal_data, targets=_split(targets), report_to=_split(report_to) or (), progress=is_first(), **options
+        out=folder, data=heal_data, targets=split(targets), report_to=split(report_to) or (), progress=is_first(), **options
     )
     leave()
     if is_first():
-        _print(result, as_json, lambda: format_healing(result, str(folder)))
+        show(result, as_json, lambda: format_healing(result, str(folder)))
 
 
 @main.command("eval", short_help="Score lm-eval tasks, measure the loss.")
 @click.option("--model", required=True, metavar="DIR", help="Any recipe name, Hub id or folder.")
-@_options(_tasks, _shots, _limit, _task_folder, _eval_data)
+@with_options(TASKS, _shots, LIMIT, TASK_FOLDER, EVAL_DATA)
 @click.option("--no-loss", is_flag=True, help="Tasks only.")
-@_options(_samples, _length, _seed, _dtype, _device, _batch, _trust, _memory, _ram)
-@_options(_out("runs/<model>-eval"), _json, _v)
+@with_options(_samples, _length, SEED, DTYPE, DEVICE, _batch, TRUST, _memory, _ram)
+@with_options(out_folder("runs/<model>-eval"), JSON, VERBOSE)
 def evaluate(tasks: str | None, eval_data: str | None, no_loss: bool, out: str | None, as_json: bool, **options: Any) -> None:
     """Score a checkpoint on lm-eval tasks, and measure its normalised loss; writes eval.json."""
     from layerprune.eval.evaluate import evaluate_checkpoint, format_table
@@ -329,10 +292,10 @@ def evaluate(tasks: str | None, eval_data: str | None, no_loss: bool, out: str |
 
     folder = default_folder(out, options["model"], "eval")
     result = evaluate_checkpoint(
-        tasks=_split(tasks), data=eval_data, loss=not no_loss, items=True, out=folder / "eval.json", progress=True,
+        tasks=split(tasks), data=eval_data, loss=not no_loss, items=True, out=folder / "eval.json", progress=True,
         say=to_stderr, **options,
     )  # fmt: skip
-    _print(result, as_json, lambda: format_table(result) + f"\n\n{folder / 'eval.json'}")
+    show(result, as_json, lambda: format_table(result) + f"\n\n{folder / 'eval.json'}")
 
 
 @main.command(short_help="How deep models think: probes, lens.")
@@ -349,10 +312,10 @@ def evaluate(tasks: str | None, eval_data: str | None, no_loss: bool, out: str |
 @click.option("--lens", metavar="DIR", help="A trained lens for `tuned`: a folder of ours, or of the tuned-lens library.")
 @click.option("--train-lens", type=int, metavar="STEPS", help="Train one instead, on the recipe's healing data or other documents.")
 @click.option("--answers", metavar="FILE", help="Items for `answers`: JSON lines with `prompt` and `answer`.")
-@_options(_limit, _task_folder, _eval_data)
+@with_options(LIMIT, TASK_FOLDER, EVAL_DATA)
 @click.option("--samples", type=int, metavar="N", help="Documents read from the data  [64].")
 @click.option("--length", type=int, metavar="T", help="Tokens a document is cut at  [512, or the model's context if shorter].")
-@_options(_seed, _dtype, _device, _trust, _out("runs/<model>-depth"), _json, _v)
+@with_options(SEED, DTYPE, DEVICE, TRUST, out_folder("runs/<model>-depth"), JSON, VERBOSE)
 def depth(models: tuple[str, ...], probes: str | None, tasks: str | None, as_json: bool, **options: Any) -> None:
     """Probe how deep models think: what each layer adds, when the prediction stands, effective depth.
 
@@ -360,13 +323,13 @@ def depth(models: tuple[str, ...], probes: str | None, tasks: str | None, as_jso
     """
     from layerprune.depths import format_depth, probe_depth
 
-    result = probe_depth(list(models), probes=_split(probes), tasks=_split(tasks), progress=True, **options)
-    _print(result, as_json, lambda: format_depth(result))
+    result = probe_depth(list(models), probes=split(probes), tasks=split(tasks), progress=True, **options)
+    show(result, as_json, lambda: format_depth(result))
 
 
 @main.command()
 @click.argument("name", required=False)
-@_options(_json)
+@with_options(JSON)
 def recipes(name: str | None, as_json: bool) -> None:
     """List the recipes, or show one (NAME)."""
     from layerprune.check import format_recipes, list_recipes, recipe_text
@@ -375,7 +338,7 @@ def recipes(name: str | None, as_json: bool) -> None:
         click.echo(recipe_text(name).rstrip())
         return
     result = list_recipes(name)
-    _print(result, as_json, lambda: format_recipes(result))
+    show(result, as_json, lambda: format_recipes(result))
 
 
 @main.command(short_help="Faults and cost of a recipe.")
@@ -384,10 +347,13 @@ def recipes(name: str | None, as_json: bool) -> None:
 @click.option("--device", type=click.Choice(["h100", "cpu"]), default="h100", show_default=True, help="Whose rate gives the hours.")
 @click.option("--memory", metavar="SIZE", help="The GPU's memory, such as 24GiB  [80GB].")
 @click.option("--ram", metavar="SIZE", help="The host's memory  [64GB; 16GB for --device cpu].")
-@_options(_json)
+@with_options(JSON)
 def check(recipe: str, drop: float, device: str, memory: str | None, ram: str | None, as_json: bool) -> None:
     """Check a recipe (name, YAML file or checkpoint folder): all faults at once, then memory, disk and steps."""
     from layerprune.check import check_recipe_file, format_check
 
     result = check_recipe_file(recipe, drop, device, memory, ram)
-    _print(result, as_json, lambda: format_check(result))
+    show(result, as_json, lambda: format_check(result))
+
+
+main.add_command(route)

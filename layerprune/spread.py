@@ -9,32 +9,26 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerprune.model.errors import LayerpruneError, Refused, UsageError, one_line
+from layerprune.model.errors import Refused, UsageError, one_line
 from layerprune.model.files import locked, read_json, write_json
 from layerprune.model.source import find_model
 from layerprune.model.tensors import read_checkpoint
 from layerprune.runplan import Setup, as_time, set_up
 from layerprune.stages import Say, Stages
+from layerprune.workers import LOG, SILENCE, SPEC, Worker, as_worker, cores, error_in, sigterm_is_an_exit, visible_gpus
 
 Piece = tuple[str, int]
 """A strategy and the n that it drops."""
 LAUNCHERS = ("slurm", "local")
-SPEC, LOG = "worker.json", "log.txt"
-SILENCE = 600.0
-"""Seconds without a sign of the sweep after which a job gives up."""
 _LATE = 90.0
 """Seconds until a file that another machine wrote must be seen here: network file systems keep what they saw for a while."""
 _OPEN = (None, "auto")
@@ -68,7 +62,7 @@ class Spread:
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[i * each : (i + 1) * each])
             if count > 1 and "OMP_NUM_THREADS" not in os.environ:
-                environment["OMP_NUM_THREADS"] = str(max(1, _cores() // count))
+                environment["OMP_NUM_THREADS"] = str(max(1, cores() // count))
         return found
 
 
@@ -125,15 +119,6 @@ def _value(text: str) -> Any:
     return text
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs that torch sees here, as CUDA_VISIBLE_DEVICES names them: indices or UUIDs."""
-    import torch
-
-    count = torch.cuda.device_count()
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return named[:count] if named else [str(i) for i in range(count)]
-
-
 def gpus_for(setup: Setup, kept: float) -> int:
     """GPUs that a cut needs while it is measured; a fifth of each is left for what is computed."""
     import torch
@@ -143,10 +128,6 @@ def gpus_for(setup: Setup, kept: float) -> int:
     need = kept * sum(tensor.nbytes if size is None else size * tensor.numel for tensor in stored)
     room = 0.8 * min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
     return max(1, math.ceil(need / room))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def settings_of(setup: Setup) -> dict[str, Any]:
@@ -209,9 +190,9 @@ def heal_apart(
         "alive": None if alive is None else str(alive),
     }
     waiting, free, failed = list(pieces), list(range(len(slots))), dict[Piece, str]()
-    running: dict[int, tuple[Piece, _Process | _Job, float]] = {}
+    running: dict[int, tuple[Piece, Worker | _Job, float]] = {}
     say(f"{len(pieces)} healings, {len(slots)} at a time; what each says goes to {folder}/heal/<strategy>-<n>/{LOG}")
-    with _sigterm_is_an_exit():
+    with sigterm_is_an_exit():
         try:
             while waiting or running:
                 while waiting and free:
@@ -221,7 +202,7 @@ def heal_apart(
                     (place / LOG).write_text("")
                     own = {"strategy": piece[0], "n": piece[1], "environment": dict(slots[slot])}
                     write_json(place / SPEC, {**fixed, **own})
-                    one = _Process(place) if executor is None else _Job(place, executor)
+                    one = Worker(place, "layerprune.spread") if executor is None else _Job(place, executor)
                     gpus = slots[slot].get("CUDA_VISIBLE_DEVICES")
                     say(f"{_name(piece)}: healing begins{one.told}" + (f", GPU {gpus}" if gpus else ""))
                     running[slot] = (piece, one, time.monotonic())
@@ -268,55 +249,6 @@ def _seen(done: Callable[[Piece], bool], piece: Piece, seconds: float) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _sigterm_is_an_exit() -> Iterator[None]:
-    """A terminated sweep unwinds, so that its workers are stopped and its jobs cancelled."""
-
-    def leave(signum: int, frame: Any) -> None:
-        raise SystemExit(128 + signum)
-
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-class _Process:
-    """A worker that is a process of this machine."""
-
-    told = ""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        # the worker finds the modules that this process would find, in the same order, and none beside its working folder
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        with open(place / LOG, "a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "layerprune.spread", str(place / SPEC)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": path},
-            )
-
-    def ended(self) -> str | None:
-        """None while it runs, '' when it ended well, else why it failed."""
-        code = self.process.poll()
-        if code is None or code == 0:
-            return None if code is None else ""
-        if code < 0:
-            return f"its process was killed ({signal.Signals(-code).name})" + ", perhaps for its memory" * (code == -9)
-        return _error_in(self.place / LOG) or f"its process ended with exit code {code}"
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 class _Job:
     """A worker that is a job of submitit's."""
 
@@ -335,7 +267,7 @@ class _Job:
             return None
         if self.job.exception() is None:
             return ""
-        return _error_in(self.place / LOG) or f"job {self.job.job_id} ended as {self.job.state}, see {self.job.paths.stderr}"
+        return error_in(self.place / LOG) or f"job {self.job.job_id} ended as {self.job.state}, see {self.job.paths.stderr}"
 
     def stop(self) -> None:
         with contextlib.suppress(OSError):
@@ -390,30 +322,17 @@ def _executor(spread: Spread, folder: Path, device: str) -> Any:
     return executor
 
 
-def _error_in(log: Path) -> str:
-    """The last error that a worker told its log, else its last line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    told = [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
-    return (told or lines or [""])[-1]
-
-
 def work(spec: str | Path) -> None:
     """Do the piece of a sweep that worker.json names, in its folder; ends this process when the sweep is gone.
 
     An error is told as the last line that begins with `Error: `, and raised.
     """
-    try:
-        asked = read_json(Path(spec))
-        os.environ.update(asked["environment"])  # before torch is imported
-        os.chdir(asked["cwd"])
-        threading.Thread(target=_leave_with_the_sweep, args=(asked["parent"], asked["alive"]), daemon=True).start()
+
+    def heal(asked: dict[str, Any]) -> None:
         with _held(Path(spec).parent):
             _heal(asked)
-    except Exception as error:
-        traceback.print_exc()
-        told = str(error) if isinstance(error, LayerpruneError) else f"{type(error).__name__}: {one_line(error)}"
-        print(f"Error: {' '.join(told.split())}", file=sys.stderr, flush=True)
-        raise
+
+    as_worker(Path(spec), heal, "the sweep", SILENCE)
 
 
 def _heal(asked: Mapping[str, Any]) -> None:
@@ -459,24 +378,6 @@ def _held(place: Path) -> Iterator[None]:
                     raise
                 time.sleep(1.0)
         yield
-
-
-def _leave_with_the_sweep(parent: int | None, alive: str | None) -> None:
-    """End this process when the sweep's process is no longer its parent, or its file is gone or no longer touched."""
-    mark, since, gone = 0, time.monotonic(), False
-    while not gone:
-        time.sleep(1.0)
-        gone = parent is not None and os.getppid() != parent
-        if alive is not None:
-            try:
-                touched = os.stat(alive).st_mtime_ns
-            except OSError as error:
-                touched, gone = mark, isinstance(error, FileNotFoundError)
-            if touched != mark:  # the clocks of two machines are not compared
-                mark, since = touched, time.monotonic()
-            gone = gone or time.monotonic() - since > SILENCE
-    print("Error: the sweep that this belongs to is gone; the same command goes on with it", file=sys.stderr, flush=True)
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -61,11 +61,12 @@ class OtherStack:
     proven against the layerwise pass. Between uses the model must stay as it was when this was made.
     """
 
-    def __init__(self, decoder: Decoder, order: Kept) -> None:
-        """Raises UsageError for an order that is none, and Refused for what a config cannot say of it."""
+    def __init__(self, decoder: Decoder, order: Kept, proven: bool = False) -> None:
+        """proven: the caller sees to the proof. Raises UsageError for an order that is none, and Refused for what a config
+        cannot say of it."""
         if not order or any(b < a for a, b in zip(order, order[1:], strict=False)) or order[0] < 0 or order[-1] >= len(decoder):
             raise UsageError(f"layers {order} are no order of 0..{len(decoder) - 1}, each of which may come more than once")
-        self._decoder, self._order, self._proven = decoder, order, False
+        self._decoder, self._order, self._proven = decoder, order, proven
         self._changes: list[Change] = []
         if order != tuple(range(len(decoder))):
             again = [new > 0 and order[new - 1] == old for new, old in enumerate(order)]
@@ -272,22 +273,27 @@ def _prove(cut: Decoder, ids_BT: torch.Tensor, expected_BTV: torch.Tensor) -> No
     if not expected_BTV.isfinite().all():
         raise Refused("the model's logits are not numbers, so the cut cannot be proven: its weights or this dtype overflow")
     exact = model.dtype == torch.float32 and found_BTV.device.type == "cpu"
-    near = _NEAR if model.dtype == torch.float32 else _NEAR_HALF
-    if not (torch.equal(expected_BTV, found_BTV) if exact else _distance(expected_BTV, found_BTV) <= near):
+    near = logits_near(cut)
+    if not (torch.equal(expected_BTV, found_BTV) if exact else logit_distance(expected_BTV, found_BTV) <= near):
         raise Refused(
             f"the cut model's logits are not those of the model with these layers skipped (they differ by "
-            f"{_distance(expected_BTV, found_BTV):.3g} of their size); it depends on layer positions in a way that its config "
+            f"{logit_distance(expected_BTV, found_BTV):.3g} of their size); it depends on layer positions in a way that its config "
             "does not show"
         )
     cached_NV = torch.cat(made.logits)
-    if not _distance(plain_NV, cached_NV) <= near:
+    if not logit_distance(plain_NV, cached_NV) <= near:
         raise Refused(
             f"the cut model's logits with a KV cache are not those without one (they differ by "
-            f"{_distance(plain_NV, cached_NV):.3g} of their size): choose another block"
+            f"{logit_distance(plain_NV, cached_NV):.3g} of their size): choose another block"
         )
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+def logits_near(decoder: Decoder) -> float:
+    """How far, as `logit_distance` has it, rounding may move logits in the model's dtype."""
+    return _NEAR if decoder.model.dtype == torch.float32 else _NEAR_HALF
+
+
+def logit_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """How far logits lie from each other, as a share of their spread: 0 for equal ones, about 1.4 for unrelated ones."""
     a, b = a.double(), b.to(a.device).double()
     return float((a - b).norm() / (a - a.mean(dim=-1, keepdim=True)).norm())

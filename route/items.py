@@ -1,10 +1,12 @@
 """Prompts with known answers, from JSONL: a short answer, or options of which one is right.
 
-One object a line: `prompt` with `answer`, or `prompt` with `options` and `gold` (0-based). Other keys are not looked at.
+One object a line: `prompt` with `answer`, or `prompt` with `options` and `gold` (0-based). `task` may name what the item
+belongs to, in tables. Other keys are not looked at.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +21,25 @@ from layerprune.model.errors import Refused
 class Item:
     """One prompt as token ids, and what may follow it.
 
-    line: where it stands in its file. endings: the answer alone, or all options. gold: which option is right, None for an
-    answer, which counts as given where greedy generation gives it token for token and does not go on with the word.
+    line: where it stands, from 1 in a file, from 0 in a task. endings: the answer alone, or all options. gold: which option is
+    right, None for an answer, which counts as given where greedy generation gives it token for token and does not go on with
+    the word. task: the name under which it is counted.
     """
 
     line: int
     prompt: tuple[int, ...]
     endings: tuple[tuple[int, ...], ...]
     gold: int | None
+    task: str = "items"
+
+
+def prompt_key(prompt: Sequence[int]) -> str:
+    """16 hexadecimal digits that tell a prompt by its token ids.
+
+    `about` in routers.json lists under `prompts` those of all items of the search that the routers come from, so that they
+    are not measured on what they have learnt.
+    """
+    return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:16]
 
 
 def load_items(path: Path, tokenizer: Any, vocab: int, context: int | None = None) -> list[Item]:
@@ -83,10 +96,13 @@ def _item(line: str, number: int, path: Path, tokenizer: Any) -> Item:
             raise wrong("has the same option twice")
         if type(gold) is not int or not 0 <= gold < len(options):
             raise wrong(f"has the `gold` {gold!r}, which is none of its options 0 to {len(options) - 1}")
+    task = raw.get("task", "items")
+    if not _is_text(task):
+        raise wrong("has a `task` that is no text")
     context, endings = _tokens(tokenizer, prompt, options)
     if not context or not all(endings):
         raise wrong("has a prompt or an answer without tokens")
-    return Item(number, context, endings, gold)
+    return Item(number, context, endings, gold, task)
 
 
 def _is_text(value: Any) -> TypeGuard[str]:

@@ -7,25 +7,34 @@ stack in which a repeated layer has two slots and a skipped one none (`layerprun
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from layerprune.model.data import batches
 from layerprune.model.decoder import Decoder, states_BTD
-from layerprune.model.errors import UsageError
+from layerprune.model.errors import Refused, UsageError, model_errors
 from layerprune.model.keep import OtherStack
 from layerprune.model.layerwise import Batch, Layerwise, State
 from layerprune.model.memory import in_halves
 from layerprune.route.execute import check_routable, step_along
 from layerprune.route.paths import ACTIONS, REPEAT, SKIP, Counts, check_counts, executed
-from layerprune.route.router import Routers, choose, parse_dial, pool_windows, turn_dial
+from layerprune.route.prefill import Filled, Prefill, first_pass_done
+from layerprune.route.router import Routers, Windows, choose, parse_dial, turn_dial
 
 _MOST_STACKS = 256
 _DECIDED_TOKENS = 8192
+_OWN_CACHE = {"cache", "past_key_values", "cache_implementation", "prefill_chunk_size", "use_cache"}
+"""Options of `generate` under which its first pass is not a plain one."""
+
+Made = TypeVar("Made")
+Work = Callable[[Decoder, Sequence[int]], Sequence[Made]]
+"""What generates from rows of one path: it gets the stack of that path, and gives one result a row."""
 
 Prompt = Sequence[int]
 """Token ids of one prompt, without padding."""
@@ -55,9 +64,13 @@ class RoutedModel:
             raise UsageError(f"routers of {routers.layers} layers do not fit a model of {len(decoder)} layers")
         self.decoder, self.dial = decoder, parse_dial(dial)
         check_routable(decoder)
-        self._routers = routers.to(decoder.device)
+        self.routers = routers.to(decoder.device)
         self._layerwise = Layerwise(decoder)
         self._stacks: OrderedDict[Counts, OtherStack] = OrderedDict()
+        self.built_seconds = 0.0
+        """Spent on finding and proving stacks, once a path, in `generate`."""
+        self._prefill: Prefill | None = None
+        self._looked = False
 
     @torch.no_grad()
     def decide(self, prompts: Sequence[Prompt]) -> list[Counts]:
@@ -88,38 +101,93 @@ class RoutedModel:
         if rows > 1 and (state.shared or state.hidden.dim() != 3):  # what rows share cannot go different ways
             lengths = [tokens] * rows if mask_BT is None else mask_BT.sum(dim=1).tolist()
             return [self._decide_batch(ids_BT[row : row + 1, :length], None)[0] for row, length in enumerate(lengths)]
-        if mask_BT is None:
-            mask_BT = torch.ones_like(ids_BT)
+        windows = Windows(torch.ones_like(ids_BT) if mask_BT is None else mask_BT)
         chances = []
         for layer in range(len(self.decoder)):
-            pooled_BWD, real_BW = pool_windows(states_BTD(state.hidden, rows, tokens), mask_BT)
-            device = self._routers.up_LHD.device
-            logits_BC = self._routers.one_layer(layer, pooled_BWD.to(device), real_BW.to(device))
-            chances.append(turn_dial(logits_BC, self.dial).cpu())
+            chances.append(self._chances(layer, states_BTD(state.hidden, rows, tokens), windows))
             state = _advance(batch, layer, state, chances[-1].argmax(dim=-1))
         return [choose(chance_LC) for chance_LC in torch.stack(chances, dim=1)]
+
+    def _chances(self, layer: int, hidden_BTD: torch.Tensor, windows: Windows) -> torch.Tensor:
+        """Probabilities (B, C) of a layer's actions after the dial, on the CPU."""
+        device = self.routers.up_LHD.device
+        pooled_BWD = windows.pool(hidden_BTD).to(device)
+        return turn_dial(self.routers.one_layer(layer, pooled_BWD, windows.real_BW.to(device)), self.dial).cpu()
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> list[Generated]:
         """Greedy continuations of the prompts, in their order, by transformers' own `generate` with its cache.
 
-        options go to `generate` (`eos_token_id`, `min_new_tokens`, ...). Rows of one path are padded on the left. Raises
-        what `decide` raises, and Refused for a path whose stack the model's config cannot say.
+        options go to `generate` (`eos_token_id`, `min_new_tokens`, ...). Rows of one path are padded on the left. Where the
+        model lends itself to it (`layerprune.route.prefill`), the pass that decides is also the one that fills the cache.
+        Raises what `decide` raises, and Refused for a path whose stack the model's config cannot say.
         """
-        groups: dict[Counts, list[int]] = {}
-        for row, counts in enumerate(self.decide(prompts)):
-            groups.setdefault(counts, []).append(row)
+        if not all(map(len, prompts)):
+            raise UsageError("a prompt without a token cannot be routed")
         found: list[Generated | None] = [None] * len(prompts)
-        for counts, members in groups.items():
-            with self.stack(counts).entered() as routed:
 
-                def part(rows: Sequence[int], counts: Counts = counts, routed: Decoder = routed) -> None:
-                    tokens = _continue(routed, [prompts[row] for row in rows], max_new_tokens, options)
-                    for row, made in zip(rows, tokens, strict=True):
-                        found[row] = Generated(made, counts)
+        def part(rows: Sequence[int]) -> None:
+            ids_BT, mask_BT = _left_padded([prompts[row] for row in rows])
 
-                in_halves(members, part)
+            def work(routed: Decoder, members: Sequence[int]) -> list[tuple[int, ...]]:
+                return _continue(routed, ids_BT[members], mask_BT[members], max_new_tokens, options)
+
+            for row, (tokens, counts) in zip(
+                rows, self.by_path(ids_BT, mask_BT, work, not _OWN_CACHE & options.keys()), strict=True
+            ):
+                found[row] = Generated(tokens, counts)
+
+        for batch in batches(prompts, _DECIDED_TOKENS):
+            in_halves(batch.rows, part)
         return [made for made in found if made is not None]
+
+    @torch.no_grad()
+    def by_path(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, work: Work[Made], once: bool = True
+    ) -> list[tuple[Made, Counts]]:
+        """Let `work` generate from the rows of each path; what it made of each row, and its path.
+
+        ids_BT: prompts padded on the left; mask_BT: 1 on real tokens. `work(routed, rows)` is called once a path, with the stack
+        of that path entered, and must generate from these rows of ids_BT and mask_BT, as wide as they are, before it lets the
+        model do anything else: the model's first pass may be done already, unless `once` is False. Raises what `generate` raises.
+        """
+        filled = self._filled(ids_BT, mask_BT) if once else None
+        if filled is None:
+            decided = self.decide([ids_T[mask_T.bool()].tolist() for ids_T, mask_T in zip(ids_BT, mask_BT, strict=True)])
+        else:
+            decided = [choose(chance_LC) for chance_LC in filled.chance_LBC.transpose(0, 1)]
+        groups: dict[tuple[Counts, bool], list[int]] = {}
+        for row, counts in enumerate(decided):
+            groups.setdefault((counts, filled is not None and filled.counts[row] == counts), []).append(row)
+        found: dict[int, Made] = {}
+        for (counts, known), rows in groups.items():
+            started = time.perf_counter()
+            new = counts not in self._stacks
+            with self.stack(counts).entered() as routed:
+                if new:
+                    self.built_seconds += time.perf_counter() - started
+                first = first_pass_done(routed.model, *filled.part(rows, counts)) if filled and known else nullcontext()
+                with first:
+                    found |= zip(rows, work(routed, rows), strict=True)
+        return [(found[row], counts) for row, counts in enumerate(decided)]
+
+    def _filled(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> Filled | None:
+        """The pass that decides and fills the cache; None where that is not to be had."""
+        settings = self.decoder.model.generation_config
+        if self.dial >= 0.5 or settings.cache_implementation or settings.prefill_chunk_size:
+            return None
+        left_to_others: tuple[type[Exception], ...] = (Refused, *model_errors())
+        try:
+            if not self._looked:
+                self._looked = True
+                self._prefill = Prefill(self.decoder, self.stack)
+            if self._prefill is None:
+                return None
+            return self._prefill.run(ids_BT, None if bool(mask_BT.all()) else mask_BT, self._chances)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except left_to_others:  # a decision layer by layer says what is wrong, or does without the cache
+            return None
 
     def stack(self, counts: Counts) -> OtherStack:
         """The stack of a path, kept for the next time; of more than 256 the one not used for longest goes."""
@@ -150,14 +218,21 @@ def _advance(batch: Batch, layer: int, state: State, count_B: torch.Tensor) -> S
     return State(hidden, state.shared)
 
 
-def _continue(routed: Decoder, prompts: Sequence[Prompt], max_new_tokens: int, options: dict[str, Any]) -> list[tuple[int, ...]]:
-    """The new tokens of each prompt, those that fill up a row after its end left out."""
+def _left_padded(prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask (B, T)."""
     width = max(map(len, prompts))
     ids_BT = torch.zeros((len(prompts), width), dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
     for row, prompt in enumerate(prompts):
         ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
         mask_BT[row, width - len(prompt) :] = 1
+    return ids_BT, mask_BT
+
+
+def _continue(
+    routed: Decoder, ids_BT: torch.Tensor, mask_BT: torch.Tensor, max_new_tokens: int, options: dict[str, Any]
+) -> list[tuple[int, ...]]:
+    """The new tokens of each row, those that fill it up after its end left out."""
     model = routed.model
     made_BT = model.generate(
         ids_BT.to(routed.device), attention_mask=mask_BT.to(routed.device), max_new_tokens=max_new_tokens, do_sample=False,
@@ -166,7 +241,7 @@ def _continue(routed: Decoder, prompts: Sequence[Prompt], max_new_tokens: int, o
     ends = options.get("eos_token_id", model.generation_config.eos_token_id)
     ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
     found = []
-    for new in made_BT[:, width:].tolist():
+    for new in made_BT[:, ids_BT.shape[1] :].tolist():
         end = next((place + 1 for place, token in enumerate(new) if token in ends), len(new))
         found.append(tuple(new[:end]))
     return found

@@ -65,26 +65,48 @@ def parameter_count(layers: int, width: int) -> int:
     return layers * (HIDDEN * width + HIDDEN + HIDDEN * CLASSES + CLASSES)
 
 
-def pool_windows(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The means (B, 8, D) of each row's windows, in float32, and which of the 8 a row has (B, 8).
+class Windows:
+    """The 8 windows of each row's real tokens, over which states are averaged. real_BW: which of them a row has.
 
     mask_BT: 1 on the real tokens of the prompt, 0 on padding (on either side) and on what follows the prompt. A row of T real
     tokens has W = min(8, T) windows of T // W tokens each; the tokens after the last window do not count. Raises UsageError
     for a row without a real token.
     """
-    mask_BT = mask_BT.to(hidden_BTD.device).bool()
-    count_B1 = mask_BT.sum(dim=1, keepdim=True)
-    if not bool((count_B1 > 0).all()):
-        raise UsageError("a prompt without a token cannot be routed")
-    windows_B1 = count_B1.clamp(max=WINDOWS)
-    size_B1 = count_B1 // windows_B1
-    rank_BT = mask_BT.cumsum(dim=1) - 1
-    window_BT = torch.where(mask_BT & (rank_BT < windows_B1 * size_B1), rank_BT // size_B1, WINDOWS)
-    member_BWT = window_BT[:, None] == torch.arange(WINDOWS, device=mask_BT.device)[None, :, None]
-    # what a model computes at padding may be no number, and would spoil sums even at weight zero
-    clean_BTD = hidden_BTD.float().masked_fill(~mask_BT[..., None], 0.0)
-    pooled_BWD = (member_BWT.float() @ clean_BTD) / size_B1[..., None]
-    return pooled_BWD, torch.arange(WINDOWS, device=mask_BT.device)[None] < windows_B1
+
+    def __init__(self, mask_BT: torch.Tensor) -> None:
+        mask_BT = mask_BT.bool()
+        count_B1 = mask_BT.sum(dim=1, keepdim=True)
+        if not bool((count_B1 > 0).all()):
+            raise UsageError("a prompt without a token cannot be routed")
+        windows_B1 = count_B1.clamp(max=WINDOWS)
+        self._size_B1 = count_B1 // windows_B1
+        rank_BT = mask_BT.cumsum(dim=1) - 1
+        window_BT = torch.where(mask_BT & (rank_BT < windows_B1 * self._size_B1), rank_BT // self._size_B1, WINDOWS)
+        self._member_BWT = (window_BT[:, None] == torch.arange(WINDOWS, device=mask_BT.device)[None, :, None]).float()
+        self._unreal_BT1 = None if bool(mask_BT.all()) else ~mask_BT[..., None]
+        self.real_BW = torch.arange(WINDOWS, device=mask_BT.device)[None] < windows_B1
+
+    def pool(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """The means (B, 8, D) of the windows, in float32."""
+        if self._member_BWT.device != hidden_BTD.device:
+            self._to(hidden_BTD.device)
+        clean_BTD = hidden_BTD.float()
+        if self._unreal_BT1 is not None:
+            # what a model computes at padding may be no number, and would spoil sums even at weight zero
+            clean_BTD = clean_BTD.masked_fill(self._unreal_BT1, 0.0)
+        return (self._member_BWT @ clean_BTD) / self._size_B1[..., None]
+
+    def _to(self, device: torch.device) -> None:
+        self._size_B1, self._member_BWT, self.real_BW = (
+            tensor.to(device) for tensor in (self._size_B1, self._member_BWT, self.real_BW)
+        )
+        self._unreal_BT1 = None if self._unreal_BT1 is None else self._unreal_BT1.to(device)
+
+
+def pool_windows(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The means (B, 8, D) of each row's `Windows`, and which of the 8 a row has (B, 8)."""
+    windows = Windows(mask_BT)
+    return windows.pool(hidden_BTD), windows.real_BW
 
 
 def parse_dial(dial: str | float) -> float:

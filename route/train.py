@@ -1,8 +1,11 @@
 """Train the routers on labelled paths (arXiv 2510.12773, section 3.2 and appendix D); the base model takes no part.
 
-AdamW, a cosine with a linear warm-up, focal loss with weights from the data's own class counts. After every epoch all that
-is needed to go on is written, and the order of an epoch hangs on the seed and its number alone: a killed training that goes
-on ends with the very weights of one that was not.
+AdamW, a cosine with a linear warm-up, focal loss with weights from the data's own class counts. The routers have no norm, and
+streams of some models are a hundred times as large as those of others: while they are trained each layer's states are divided
+by their size, which goes into the first weights in the end. That is ours; the routers' form is the paper's.
+
+After every epoch all that is needed to go on is written, and the order of an epoch hangs on the seed and its number alone: a
+killed training that goes on ends with the very weights of one that was not.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from layerprune.route.router import CLASSES, Routers
 @dataclass(frozen=True)
 class TrainSettings:
     """warmup: steps, but at most a tenth of all. held_out: items that are not trained on, a tenth (at least one) where None.
+    scaled: whether states are divided by their size while training.
 
     Raises UsageError for values out of range.
     """
@@ -38,6 +42,7 @@ class TrainSettings:
     warmup: int = 500
     held_out: int | None = None
     seed: int = 0
+    scaled: bool = True
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 1 or self.warmup < 0:
@@ -74,8 +79,8 @@ def train_routers(
 
     folder: where `training.pt` is kept between epochs; a call with the same features and settings goes on there. progress is
     told epochs as they are done. Returns the routers on the CPU, and a report: items, classes of the training labels, alpha,
-    the mean loss of each epoch, and the held-out scores. Raises UsageError for too few items, Refused for a folder with
-    another training, and for a loss that is not a number.
+    the mean loss of each epoch, that of the held-out items after each, and their scores. Raises UsageError for too few items,
+    Refused for a folder with another training, and for a loss that is not a number.
     """
     train_N, held_N = settings.split(len(features.labels_NL))
     classes = torch.bincount(features.labels_NL[train_N].flatten(), minlength=CLASSES).tolist()
@@ -84,7 +89,14 @@ def train_routers(
     routers = Routers(layers, width, settings.seed).to(device)
     optimizer = torch.optim.AdamW(routers.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     run = {"features": features.key, **asdict(settings)}
-    losses = _resume(folder, run, routers, optimizer)
+    scale_L = _sizes(features, train_N, settings.batch).reciprocal() if settings.scaled else torch.ones(layers)
+    scale_L11 = scale_L.to(device)[:, None, None]
+
+    def mean_loss(part_B: torch.Tensor) -> torch.Tensor:
+        pooled_BLWD = features.pooled_NLWD[part_B].to(device) * scale_L11
+        return focal_loss(routers(pooled_BLWD, features.real_NW[part_B].to(device)), features.labels_NL[part_B].to(device), alpha_C)
+
+    losses, held = _resume(folder, run, routers, optimizer)
     progress(len(losses))
     a_epoch = -(-len(train_N) // settings.batch)
     for epoch in range(len(losses), settings.epochs):
@@ -94,8 +106,7 @@ def train_routers(
         for at, part_B in enumerate(order_N.split(settings.batch)):
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate(epoch * a_epoch + at, settings.epochs * a_epoch)
-            logits_BLC = routers(features.pooled_NLWD[part_B].to(device), features.real_NW[part_B].to(device))
-            loss = focal_loss(logits_BLC, features.labels_NL[part_B].to(device), alpha_C)
+            loss = mean_loss(part_B)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -103,15 +114,31 @@ def train_routers(
         losses.append(total / len(train_N))
         if not math.isfinite(losses[-1]):
             raise Refused(f"the routers' loss in epoch {epoch + 1} is not a number: use a smaller learning rate")
-        _save(folder, run, routers, optimizer, losses)
+        with torch.no_grad():
+            held.append(sum(float(mean_loss(part_B)) * len(part_B) for part_B in held_N.split(settings.batch)) / len(held_N))
+        _save(folder, run, routers, optimizer, losses, held)
         progress(1)
     routers.eval()
+    with torch.no_grad():
+        routers.up_LHD.mul_(scale_L11)
     confusion_CC = _confusion(routers, features, held_N, device, settings.batch)
     report = {
         "items": items, "trained_on": len(train_N), "classes": dict(zip(ACTIONS, classes, strict=True)),
-        "alpha": alpha_C.tolist(), "losses": losses, "held_out": scores(confusion_CC),
+        "alpha": alpha_C.tolist(), "losses": losses, "held_out_losses": held, "held_out": scores(confusion_CC),
     }  # fmt: skip
     return routers.cpu(), report
+
+
+def _sizes(features: Features, items_N: torch.Tensor, batch: int) -> torch.Tensor:
+    """(L,), the root mean square of what enters each layer, over items, their windows and features; 1 where that is 0."""
+    total_L, count = torch.zeros(features.pooled_NLWD.shape[1], dtype=torch.float64), 0
+    for part_B in items_N.split(batch):
+        real_BW = features.real_NW[part_B]
+        pooled_BLWD = features.pooled_NLWD[part_B].double() * real_BW[:, None, :, None]
+        total_L += pooled_BLWD.square().sum(dim=(0, 2, 3))
+        count += int(real_BW.sum()) * pooled_BLWD.shape[-1]
+    size_L = (total_L / count).sqrt().float()
+    return torch.where(size_L > 0, size_L, 1.0)
 
 
 @torch.no_grad()
@@ -147,10 +174,10 @@ def scores(confusion_CC: torch.Tensor) -> dict[str, Any]:
     return found
 
 
-def _save(folder: Path, run: dict[str, Any], routers: Routers, optimizer: Any, losses: list[float]) -> None:
+def _save(folder: Path, run: dict[str, Any], routers: Routers, optimizer: Any, losses: list[float], held: list[float]) -> None:
     path = folder / "training.pt"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    state = {"run": run, "routers": routers.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+    state = {"run": run, "routers": routers.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses, "held": held}
     try:
         with no_space_refusal(path, "the epoch before stays"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -163,11 +190,11 @@ def _save(folder: Path, run: dict[str, Any], routers: Routers, optimizer: Any, l
         temporary.unlink(missing_ok=True)
 
 
-def _resume(folder: Path, run: dict[str, Any], routers: Routers, optimizer: Any) -> list[float]:
-    """Take over what an earlier call has left; returns the losses of the epochs that are done."""
+def _resume(folder: Path, run: dict[str, Any], routers: Routers, optimizer: Any) -> tuple[list[float], list[float]]:
+    """Take over what an earlier call has left; returns the losses of the epochs that are done, trained on and held out."""
     path = folder / "training.pt"
     if not path.exists():
-        return []
+        return [], []
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         same = state["run"] == run
@@ -177,4 +204,4 @@ def _resume(folder: Path, run: dict[str, Any], routers: Routers, optimizer: Any)
         raise Refused(f"{path} belongs to a training with other prompts or settings: choose another folder or remove it")
     routers.load_state_dict(state["routers"])
     optimizer.load_state_dict(state["optimizer"])
-    return list(state["losses"])
+    return list(state["losses"]), list(state["held"])

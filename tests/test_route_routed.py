@@ -194,6 +194,7 @@ def test_rows_of_one_path_are_generated_together_and_stacks_are_kept(load: Load,
     stack = routed_module.OtherStack
     monkeypatch.setattr(routed_module, "OtherStack", lambda *a: [made.append(a[1]), stack(*a)][1])
     routed = RoutedModel(decoder, routers_for(decoder))
+    monkeypatch.setattr(routed, "_filled", lambda *a: None)  # with it: test_route_prefill.py
     monkeypatch.setattr(routed, "decide", lambda p: [PATH if len(p) > 1 else (1,) * 8] * len(p))
     found = routed.generate(prompts, NEW, min_new_tokens=NEW, eos_token_id=None)
     assert calls == [6]

@@ -15,6 +15,7 @@ from layerprune.model.decoder import Decoder, view_decoder
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.load import load_model
 from layerprune.route import features as features_module
+from layerprune.route import train
 from layerprune.route.features import Features, Labelled, collect_features
 from layerprune.route.router import Routers
 from layerprune.route.train import TrainSettings, scores, train_routers
@@ -275,3 +276,22 @@ def test_prompts_that_call_for_different_paths(decoder: Decoder, tmp_path: Path)
     held = report["held_out"]
     assert held["always_execute"] == pytest.approx(0.8)
     assert held["accuracy"] > 0.95 and held["macro_f1"] > 0.9
+
+
+def test_the_size_of_the_states_does_not_matter(decoder: Decoder, tmp_path: Path) -> None:
+    found = collect_features(decoder, "base", some_items(24), tmp_path / "features")
+    factor_L = torch.tensor([2.0**power for power in (-4, 0, 3, 7, 10)])
+    larger = Features(found.pooled_NLWD * factor_L[:, None, None], found.real_NW, found.labels_NL, "larger")
+    settings = TrainSettings(epochs=3, held_out=6)
+    routers, report = train_routers(found, settings, tmp_path / "found")
+    others, same = train_routers(larger, settings, tmp_path / "larger")
+    assert report == same
+    plain, _ = train_routers(larger, TrainSettings(epochs=3, held_out=6, scaled=False), tmp_path / "plain")
+    with torch.no_grad():
+        logits = routers(found.pooled_NLWD, found.real_NW)
+        assert torch.equal(logits, others(larger.pooled_NLWD, larger.real_NW))
+        assert not torch.allclose(logits, plain(larger.pooled_NLWD, larger.real_NW))
+    sizes = [found.pooled_NLWD[TrainSettings(held_out=6).split(24)[0], layer] for layer in range(5)]
+    real = found.real_NW[TrainSettings(held_out=6).split(24)[0]]
+    by_hand = torch.stack([states[real].square().mean().sqrt() for states in sizes])
+    assert torch.allclose(train._sizes(found, TrainSettings(held_out=6).split(24)[0], 16), by_hand)

@@ -350,7 +350,7 @@ def test_a_cut_too_large_for_a_gpu_gets_several(run_inputs: Path, monkeypatch: p
 
 
 def test_cores_are_shared(run_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spread, "_cores", lambda: 9)
+    monkeypatch.setattr(spread, "cores", lambda: 9)
     setup = as_setup(run_inputs / "model", "cpu", "cpu")
     assert Spread(4).slots(9, setup, 1.0) == [{}] * 4  # the user's number stays
     monkeypatch.delenv("OMP_NUM_THREADS")
