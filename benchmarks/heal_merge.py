@@ -25,7 +25,7 @@ from record import write_record
 
 from layerprune.heal.merge import locate, merge_adapter, quantised_linears
 from layerprune.heal.proof import prove_healed
-from layerprune.heal.quantise import compute_dtype, load_quantised, unquantised
+from layerprune.heal.quantise import load_quantised
 from layerprune.heal.train import heal_checkpoint
 from layerprune.model.config import load_config, vocab_size
 from layerprune.model.cuts import describe_dropped
@@ -33,6 +33,7 @@ from layerprune.model.data import batches, read_documents, tokenise
 from layerprune.model.decoder import view_decoder
 from layerprune.model.load import load_model, load_tokenizer, pick_device
 from layerprune.model.loss import total_loss
+from layerprune.model.nf4 import compute_dtype, unquantised
 from layerprune.model.source import find_model
 from layerprune.model.tensors import read_checkpoint
 from layerprune.model.verify import meta_decoder

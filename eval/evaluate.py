@@ -169,7 +169,7 @@ def evaluate_checkpoint(
     from layerprune.model.budget import streaming_budget
     from layerprune.model.config import load_config, pick_length
     from layerprune.model.decoder import view_decoder
-    from layerprune.model.load import load_model, load_tokenizer, pick_device
+    from layerprune.model.load import dtype_name, load_model, load_tokenizer, pick_device
     from layerprune.model.source import find_model
     from layerprune.model.stream import StreamedModel
 
@@ -231,7 +231,7 @@ def evaluate_checkpoint(
             "limit": limit,
             "loss": None if sequences is None else {"data": data, "samples": samples, "length": pick_length(length, live.config)},
             "seed": seed,
-            "dtype": str(live.dtype).removeprefix("torch."),
+            "dtype": dtype_name(live) if budget is None else streamed.dtype,
             "device": str(decoder.device),
             "recipe": recipe.name if recipe else None,
         },

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from layerprune.heal.carry import carry_over
-from layerprune.heal.quantise import compute_dtype, load_quantised, unquantised
+from layerprune.heal.quantise import load_quantised
 from layerprune.model.decoder import forward_logits, view_decoder
 from layerprune.model.errors import Refused, model_errors, one_line
 from layerprune.model.files import new_folder, read_json, write_json
 from layerprune.model.load import load_model
+from layerprune.model.nf4 import compute_dtype, unquantised
 from layerprune.model.verify import meta_decoder
 
 

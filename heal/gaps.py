@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerprune.heal.targets import is_linear, linear_shape, mlp_linears
+from layerprune.heal.targets import mlp_linears
 from layerprune.model.cuts import Kept
 from layerprune.model.decoder import Decoder, Stop, first_hidden, forward_logits, hidden_of, replaced_forwards
 from layerprune.model.errors import Refused
+from layerprune.model.nf4 import is_linear, linear_shape
 
 _PROBE_TOKENS = 12
 

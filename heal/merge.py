@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from layerprune.heal.quantise import NF4_BLOCK
 from layerprune.heal.settings import MERGES
 from layerprune.heal.targets import Target
 from layerprune.model.decoder import Decoder
 from layerprune.model.errors import Refused, UsageError
+from layerprune.model.nf4 import NF4_BLOCK
 from layerprune.model.plan import find_stack, split_name
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 from layerprune.model.write import write_checkpoint

@@ -14,7 +14,7 @@ from layerprune.heal.linear import is_packed, stand_in
 from layerprune.heal.memory import Memory, apply_plan, plan_on_cpu, trained_layers
 from layerprune.heal.merge import Stored, locate, quantised_linears
 from layerprune.heal.planner import Planner
-from layerprune.heal.quantise import add_lora, compute_dtype, load_quantised, quiet_warnings, unquantised
+from layerprune.heal.quantise import add_lora, load_quantised, quiet_warnings
 from layerprune.heal.settings import Healing, divisors
 from layerprune.heal.student import Student, Teaching, still
 from layerprune.heal.targets import Target, choose_targets, probe_forward, target_pattern
@@ -24,6 +24,7 @@ from layerprune.model.cuts import Kept
 from layerprune.model.decoder import Decoder, view_decoder
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import read_json, write_json
+from layerprune.model.nf4 import compute_dtype, unquantised
 from layerprune.model.progress import progress_bar
 from layerprune.model.source import ModelSource
 from layerprune.model.tensors import read_checkpoint

@@ -14,6 +14,7 @@ from torch import nn
 from layerprune.model.config import text_config
 from layerprune.model.decoder import Decoder, forward_logits, hidden_of, replaced_forwards
 from layerprune.model.errors import Refused, UsageError, one_line
+from layerprune.model.nf4 import is_linear, linear_shape
 
 GROUPS = ("mlp", "attention")
 """Words for all linear layers of a kind."""
@@ -34,21 +35,6 @@ class Target:
     def shape(self) -> tuple[int, int]:
         """(out, in) features."""
         return linear_shape(self.module)
-
-
-def is_linear(module: Any) -> bool:
-    """nn.Linear and its subclasses (quantised ones too), and GPT-2's Conv1D, a linear stored transposed."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def linear_shape(module: Any) -> tuple[int, int]:
-    """(out, in) features of a linear layer, also where its weight is packed to four bits."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    width, out = module.weight.shape
-    return int(out), int(width)
 
 
 def choose_targets(decoder: Decoder, wanted: Sequence[str] = ()) -> list[Target]:

@@ -16,7 +16,7 @@ from layerprune.heal.checkpoints import MARK, newest_checkpoint
 from layerprune.heal.fused import IGNORED
 from layerprune.heal.memory import Memory
 from layerprune.heal.packing import Packed
-from layerprune.heal.quantise import compute_dtype, quiet_warnings
+from layerprune.heal.quantise import quiet_warnings
 from layerprune.heal.settings import Healing
 from layerprune.heal.student import Student
 from layerprune.heal.watch import Watch
@@ -25,6 +25,7 @@ from layerprune.model.data import batches
 from layerprune.model.decoder import view_decoder
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import new_folder, read_json
+from layerprune.model.nf4 import compute_dtype
 
 Say = Callable[[str], None]
 _VALIDATION_TOKENS = {"cpu": 2048, "cuda": 8192}

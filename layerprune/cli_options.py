@@ -33,7 +33,7 @@ EVAL_DATA = click.option("--eval-data", metavar="FILE|c4", help="Data for the no
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random choice.")
 DTYPE = click.option(
     "--dtype", default="auto", show_default=True, metavar="D",
-    help="auto, float32, bfloat16 or float16; auto: the checkpoint's on a GPU, float32 on the CPU.",
+    help="auto, float32, bfloat16, float16, or nf4 (4 bits); auto: the checkpoint's on a GPU, float32 on the CPU.",
 )  # fmt: skip
 DEVICE = click.option("--device", metavar="D", help="cpu, cuda, cuda:1  [the GPUs where there are any].")
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")

@@ -123,7 +123,7 @@ def gpus_for(setup: Setup, kept: float) -> int:
     """GPUs that a cut needs while it is measured; a fifth of each is left for what is computed."""
     import torch
 
-    size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(setup.dtype)
+    size = {"float32": 4, "bfloat16": 2, "float16": 2, "nf4": 0.75}.get(setup.dtype)
     stored = read_checkpoint(setup.source.folder).values()
     need = kept * sum(tensor.nbytes if size is None else size * tensor.numel for tensor in stored)
     room = 0.8 * min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))

@@ -8,7 +8,9 @@ from pathlib import Path
 from layerprune.model.errors import UsageError
 from layerprune.model.load import pick_device, pick_dtype
 from layerprune.model.memory import available_memory, byte_count
-from layerprune.model.tensors import DTYPE_BITS, read_checkpoint
+from layerprune.model.nf4 import NF4_BYTES
+from layerprune.model.plan import split_name
+from layerprune.model.tensors import DTYPE_BITS, StoredTensor, read_checkpoint
 
 WORKING_BYTES = 2 << 30
 """What evaluating takes beside the weights of a model that is loaded whole: activations, logits, the process itself."""
@@ -35,9 +37,12 @@ def streaming_budget(
     gpu, host = byte_count(memory, "--memory"), byte_count(ram, "--ram")
     chosen = pick_device(device)
     free_host = available_memory()
-    stored = read_checkpoint(folder).values()
+    tensors = read_checkpoint(folder)
+    stored = tensors.values()
     kept = pick_dtype(dtype, chosen)
-    if kept == "auto":
+    if dtype == "nf4":
+        weights = int(sum(t.numel * (NF4_BYTES if _quantised(name, t) else kept.itemsize) for name, t in tensors.items()))
+    elif kept == "auto":
         weights = sum(t.nbytes for t in stored)
     else:
         weights = sum(t.numel * kept.itemsize if DTYPE_BITS.get(t.dtype, 0) >= 16 else t.nbytes for t in stored)
@@ -53,6 +58,11 @@ def streaming_budget(
         return None
     here = torch.cuda.mem_get_info(cards[0])[0]
     return Budget(int(0.95 * here) if gpu is None else gpu, free_host if host is None else host)
+
+
+def _quantised(name: str, stored: StoredTensor) -> bool:
+    """Roughly: the matrices of layers."""
+    return split_name(name) is not None and len(stored.shape) == 2
 
 
 def _small(weights: int, given: int | None) -> bool:

@@ -36,14 +36,19 @@ def pick_device(device: str | None = None) -> str:
 
 
 def pick_dtype(dtype: str, device: str) -> Any:
-    """`auto` is the checkpoint's own dtype on a GPU and float32 on the CPU; else the dtype named."""
+    """`auto` is the checkpoint's own dtype on a GPU and float32 on the CPU; `nf4` the dtype that 4-bit layers compute in; else
+    the dtype named."""
     import torch
 
+    if dtype == "nf4":
+        from layerprune.model.nf4 import compute_dtype
+
+        return compute_dtype(device)
     if dtype == "auto":
         return torch.float32 if device == "cpu" else "auto"
     found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
     if found is None:
-        raise UsageError(f"--dtype {dtype} is none of auto, float32, bfloat16, float16")
+        raise UsageError(f"--dtype {dtype} is none of auto, float32, bfloat16, float16, nf4")
     return found
 
 
@@ -58,6 +63,7 @@ def load_model(
 ) -> Any:
     """Load a checkpoint for inference, and refuse one whose config contradicts its weights.
 
+    dtype: as for `pick_dtype`; with `nf4` transformers quantises the linear layers (but the head) when they arrive.
     On a machine with several GPUs and `device` left open the layers are spread by accelerate
     (`device_map="auto"`); else the whole model goes to one device. progress: transformers' bar, for a checkpoint of over
     1 GiB. Returns the model in eval mode.
@@ -73,6 +79,13 @@ def load_model(
         # a model that accelerate prepared refers to itself: what was loaded before goes only when it is collected
         gc.collect()
         torch.cuda.empty_cache()
+    if dtype == "nf4":
+        from layerprune.model.nf4 import nf4_config, unquantised
+        from layerprune.model.verify import meta_decoder
+
+        refuse_quantised(folder, config)
+        keep = unquantised(meta_decoder(folder, trust_remote_code).model, chosen.partition(":")[0])
+        quantization_config = nf4_config(pick_dtype(dtype, chosen), keep)
     if progress and sum(t.nbytes for t in stored.values()) > 1 << 30:
         show_loading()
     try:
@@ -94,6 +107,17 @@ def load_model(
         raise Refused(f"transformers cannot load {folder}: {one_line(error)}") from error
     check_keys(folder, info, layer_count(config), len(stored))
     return model.eval()
+
+
+def refuse_quantised(folder: Path, config: Any) -> None:
+    """Raise UsageError for a checkpoint that is stored quantised, which cannot be quantised to NF4 again."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(f"{folder} is stored quantised: it is used as it is, leave --dtype nf4 out")
+
+
+def dtype_name(model: Any) -> str:
+    """What a loaded model's weights are in: `nf4` where its linear layers are quantised so, else its dtype."""
+    return "nf4" if getattr(model, "is_loaded_in_4bit", False) else str(model.dtype).removeprefix("torch.")
 
 
 def check_keys(folder: Path, info: dict[str, Any], layers: int, stored: int) -> None:

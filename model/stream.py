@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from layerprune.model.config import auto_class, layer_count, load_config
-from layerprune.model.decoder import view_decoder
+from layerprune.model.decoder import Decoder, view_decoder
 from layerprune.model.errors import Refused, model_errors, one_line
 from layerprune.model.feed import DTYPES, read_onto
 from layerprune.model.fingerprint import checkpoint_fingerprint
-from layerprune.model.load import check_keys, pick_device, pick_dtype, quiet_transformers
+from layerprune.model.load import check_keys, pick_device, pick_dtype, quiet_transformers, refuse_quantised
+from layerprune.model.nf4 import NF4_BYTES, is_packable, pack, unquantised
 from layerprune.model.plan import find_stack, is_stray_buffer, split_name
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
@@ -40,13 +41,15 @@ class StreamedModel:
     def __init__(self, folder: Path, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False) -> None:
         """Load everything but the layers.
 
-        dtype: as for `load_model`. Raises Refused for a checkpoint that `load_model` refuses, one that is stored
-        quantised, and a layout whose layers cannot be loaded one by one.
+        dtype: as for `load_model`; with `nf4` a layer's linear layers are quantised when it arrives. Raises Refused for a
+        checkpoint that `load_model` refuses, one that is stored quantised, and a layout whose layers cannot be loaded one by one.
         """
         self.folder, self.device = folder, torch.device(pick_device(device))
         self._stored = read_checkpoint(folder)
-        odd = sorted({t.dtype for t in self._stored.values()} - set(DTYPES))
         config = load_config(folder, trust_remote_code)
+        if dtype == "nf4":
+            refuse_quantised(folder, config)
+        odd = sorted({t.dtype for t in self._stored.values()} - set(DTYPES))
         if odd or getattr(config, "quantization_config", None) is not None:
             raise Refused(f"{folder} is stored quantised ({', '.join(odd) or 'its config says so'}): it can only be loaded whole")
         self.read = 0
@@ -54,6 +57,8 @@ class StreamedModel:
         self.decoder = view_decoder(model)
         self._groups, rest = _groups(self._stored, len(self.decoder))
         self._slots = [_slots(layer) for layer in self.decoder.layers]
+        self.dtype = "nf4" if dtype == "nf4" else str(model.dtype).removeprefix("torch.")
+        self._packed = _to_pack(self.decoder, self.device.type) if dtype == "nf4" else [[] for _ in self.decoder.layers]
         self._refuse_shared()
         self._arrive(rest, None)
         model.tie_weights()
@@ -70,7 +75,7 @@ class StreamedModel:
         import transformers
 
         versions = (torch.__version__, transformers.__version__)
-        return repr((checkpoint_fingerprint(self.folder), str(self.decoder.model.dtype), self.device.type, versions))
+        return repr((checkpoint_fingerprint(self.folder), self.dtype, self.device.type, versions))
 
     @property
     def rest_bytes(self) -> int:
@@ -79,7 +84,11 @@ class StreamedModel:
         return sum({id(t): t.nbytes for _, t in _tensors(self.decoder.model) if id(t) not in inside}.values())
 
     def layer_bytes(self, layer: int) -> int:
-        return sum(placeholder.nbytes for _, _, placeholder in self._slots[layer])
+        packed = {id(linear._parameters) for linear in self._packed[layer]}
+        sizes = [
+            t.numel() * NF4_BYTES if id(held) in packed and name == "weight" else t.nbytes for held, name, t in self._slots[layer]
+        ]
+        return int(sum(sizes))
 
     def stored_bytes(self, layer: int) -> int:
         return sum(t.nbytes for t in self._groups[layer].values())
@@ -128,8 +137,17 @@ class StreamedModel:
             raise Refused(
                 f"{self.folder} cannot be read layer by layer: layer {layer} takes {missing[0]} from elsewhere; load it whole"
             )
+        for linear in self._packed[layer]:
+            # not in the tree: transformers looks at all of it when the next layer comes, and 4-bit layers change when looked at
+            linear.__dict__["forward"] = pack(linear, self.decoder.model.dtype)
+            linear._parameters["weight"] = self._placeholder(layer, linear)
+
+    def _placeholder(self, layer: int, linear: Any) -> Any:
+        return next(t for held, name, t in self._slots[layer] if held is linear._parameters and name == "weight")
 
     def _drop(self, layer: int) -> None:
+        for linear in self._packed[layer]:
+            linear.__dict__.pop("forward", None)
         for attributes, name, placeholder in self._slots[layer]:
             attributes[name] = placeholder
 
@@ -215,6 +233,12 @@ def _groups(stored: Mapping[str, StoredTensor], layers: int) -> tuple[list[dict[
         elif parts[1] < layers and not is_stray_buffer(parts[2], tensor):
             groups[parts[1]][name] = tensor
     return groups, rest
+
+
+def _to_pack(decoder: Decoder, device: str) -> list[list[Any]]:
+    """Of each layer the linear layers that NF4 takes."""
+    keep = {decoder.model.get_submodule(name) for name in unquantised(decoder.model, device)}
+    return [[m for m in layer.modules() if is_packable(m) and m not in keep] for layer in decoder.layers]
 
 
 def _slots(layer: nn.Module) -> list[Slot]:

@@ -100,7 +100,7 @@ def exact_branches(decoder: Decoder, branches: Sequence[Kept], vocab: int) -> tu
     expected, broken = {}, {}
     for kept in dict.fromkeys(branches):
         try:
-            with virtual_cut(decoder, kept):
+            with torch.no_grad(), virtual_cut(decoder, kept):
                 expected[kept] = forward_logits(decoder, ids_BT).flatten(0, 1).cpu()
         except torch.cuda.OutOfMemoryError:
             raise

@@ -253,7 +253,7 @@ def rank_from_disk(
         before = streamed.read
         distance, plan = rank_streamed(streamed, sequences, budget, pad_id=pad_id, say=say, progress=progress, keep=keep)
         passes = {"passes": len(plan.groups), "bytes_read": streamed.read - before, "scratch": plan.file}
-        return distance, {"streamed": passes}
+        return distance, {"streamed": passes, "dtype": streamed.dtype}
 
     return _rank(streamed.decoder, tokenizer, settings, source, measure, seed, progress)
 
@@ -266,6 +266,7 @@ def _rank(
     from layerprune.model.config import pick_length, vocab_size
     from layerprune.model.data import data_fingerprint, read_documents, tokenise
     from layerprune.model.fingerprint import checkpoint_fingerprint
+    from layerprune.model.load import dtype_name
 
     config = decoder.model.config
     length = pick_length(settings["length"], config)
@@ -288,7 +289,7 @@ def _rank(
             "documents": len(sequences),
             "tokens": sum(map(len, sequences)),
             "seed": seed,
-            "dtype": str(decoder.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(decoder.model),
             "device": str(decoder.device),
             "token": "last real token of each document",
             **how,

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from layerprune.heal import quantise, trainer, watch
+from layerprune.model import nf4
 from layerprune.heal.merge import Stored, _live_weight, locate, merge_adapter, merged_weight, read_tensor
 from layerprune.heal.packing import pack
 from layerprune.heal.settings import heal_settings
@@ -164,9 +165,9 @@ def test_layers_that_bitsandbytes_decodes_wrongly_on_the_cpu_are_left_unquantise
     folder = build_llama(tmp_path / "odd", layers=2, hidden=64, intermediate_size=96)
     model = load_model(folder, device="cpu")
     down = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
-    assert quantise.unquantised(model, "cpu") == [*down, "lm_head"]
-    assert quantise.unquantised(model, "cuda") == ["lm_head"]
-    packed = quantise.load_quantised(folder, "cpu", torch.float32, quantise.unquantised(model, "cpu"))
+    assert nf4.unquantised(model, "cpu") == [*down, "lm_head"]
+    assert nf4.unquantised(model, "cuda") == ["lm_head"]
+    packed = quantise.load_quantised(folder, "cpu", torch.float32, nf4.unquantised(model, "cpu"))
     kinds = {name: type(module.weight).__name__ for name, module in packed.named_modules() if hasattr(module, "weight")}
     assert kinds["model.layers.0.mlp.up_proj"] == "Params4bit" and kinds["model.layers.0.mlp.down_proj"] == "Parameter"
     for name in kinds:

@@ -25,13 +25,14 @@ from layerprune.heal.merge import (
     read_tensor,
 )  # fmt: skip
 from layerprune.heal.proof import logits_error, logits_tolerance, prove_healed
-from layerprune.heal.quantise import add_lora, load_quantised, unquantised
+from layerprune.heal.quantise import add_lora, load_quantised
 from layerprune.heal.settings import heal_settings
-from layerprune.heal.targets import Target, choose_targets, is_linear, target_pattern
+from layerprune.heal.targets import Target, choose_targets, target_pattern
 from layerprune.model.config import auto_class, load_config
 from layerprune.model.decoder import forward_logits, view_decoder
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.load import load_model
+from layerprune.model.nf4 import is_linear, unquantised
 from layerprune.model.tensors import read_checkpoint
 from layerprune.model.verify import meta_decoder
 
