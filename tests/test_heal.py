@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from layerprune.heal import quantise, trainer, watch
-from layerprune.model import nf4
 from layerprune.heal.merge import Stored, _live_weight, locate, merge_adapter, merged_weight, read_tensor
 from layerprune.heal.packing import pack
 from layerprune.heal.settings import heal_settings
 from layerprune.heal.targets import choose_targets, target_pattern
 from layerprune.heal.telling import format_healing
 from layerprune.heal.train import heal_checkpoint
+from layerprune.model import nf4
 from layerprune.model.config import load_config
 from layerprune.model.decoder import view_decoder
 from layerprune.model.errors import Refused, UsageError
