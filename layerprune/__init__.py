@@ -25,7 +25,7 @@ _PUBLIC = {
     "search_routing": "layerprune.routing",
     "train_routing": "layerprune.routing",
     "evaluate_routing": "layerprune.route_use",
-    "bake_routing": "layerprune.route_use",
+    "bake_routing": "layerprune.route_bake",
 }
 
 __all__ = [*_PUBLIC, "__version__"]
