@@ -174,8 +174,9 @@ class RoutedModel:
         left_to_others: tuple[type[Exception], ...] = (Refused, *model_errors())
         try:
             if not self._looked:
-                self._looked = True
+                self._looked, started = True, time.perf_counter()
                 self._prefill = Prefill(self.decoder, self.stack)
+                self.built_seconds += time.perf_counter() - started
             if self._prefill is None:
                 return None
             return self._prefill.run(ids_BT, None if bool(mask_BT.all()) else mask_BT, self._chances)

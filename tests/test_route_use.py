@@ -280,6 +280,17 @@ def test_what_cannot_be_measured_is_refused(
         evaluate_routing(run_inputs / "model", good, static="none", device="cpu", out=tmp_path / "out")
 
 
+def test_a_task_without_single_answers_is_refused(run_inputs: Path, tmp_path: Path, make: Make) -> None:
+    tasks = tmp_path / "tasks"
+    shutil.copytree(run_inputs / "tasks", tasks)
+    config = (tasks / "tiny.yaml").read_text().replace("task: tiny", "task: length").replace("metric: acc", "metric: brier_score")
+    (tasks / "length.yaml").write_text(config)
+    settings = options(run_inputs, tmp_path / "out", static="none", tasks=["length"], task_folder=tasks)
+    with pytest.raises(Refused, match="task length has no accuracy item by item"):
+        evaluate_routing(run_inputs / "model", make(), **settings)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_folder_of_a_training_is_taken_for_its_routers(run_inputs: Path, tmp_path: Path, make: Make) -> None:
     shutil.move(make(PLANTED), tmp_path / "moved")
     (tmp_path / "training").mkdir()
