@@ -465,6 +465,18 @@ def test_what_cannot_be_trained_on(
         load_routers(routers / "routers", other)
 
 
+def test_records_are_counted_as_they_come(tmp_path: Path) -> None:
+    part = tmp_path / "part.jsonl"
+    read = {part: 0}
+    assert route_jobs._new_records(part, read) == 0
+    told = []
+    for text in ('{"head"', ": 1}\n", '{"a": 1}\n{"a": 2}\n{"a"', "", ": 3}\n"):
+        with open(part, "a") as file:
+            file.write(text)
+        told.append(route_jobs._new_records(part, read))
+    assert told == [0, 0, 2, 0, 1]
+
+
 def test_a_gpu_is_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     from layerprune.model import load
 
