@@ -5,8 +5,9 @@
 
 The biases of the routers are planted, so that every layer is executed: both sides make the same tokens, and what the second
 takes longer is the routers' own. "decide" is the decision alone, as `RoutedModel.decide` makes it (a pass over the prompt with
-routers in it; `generate` makes it in its first pass), "prefill" the bare pass over the prompt, "routers" their arithmetic alone. All run in turns, so that a
-change of the machine's speed meets all of them. Weights of a shape are random: they do not change the time.
+routers in it; `generate` makes it in its own first pass where "one_pass" is true), "prefill" the bare pass over the prompt,
+"routers" their arithmetic alone. All run in turns, so that a change of the machine's speed meets all of them. Weights of a shape
+are random: they do not change the time.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def main() -> None:
         found: dict[str, Any] = {
             "rows": rows, "ratio": statistics.median(ratios), "ratios": [round(ratio, 4) for ratio in ratios], "seconds": seconds,
             "share_of_bare": {name: seconds[name] / seconds["bare"] for name in jobs if name != "bare"},
-            "same_tokens": sum(agreed) / (rows * given.new),
+            "one_pass": routed.one_pass, "same_tokens": sum(agreed) / (rows * given.new),
         }  # fmt: skip
         if cuda:
             found["peak_bytes"] = {name: max(one[name][1] for one in rounds) for name in jobs}

@@ -136,6 +136,11 @@ class RoutedModel:
             in_halves(batch.rows, part)
         return [made for made in found if made is not None]
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether `generate` decides in the pass that fills the cache; known once it has been called."""
+        return self._prefill is not None
+
     @torch.no_grad()
     def by_path(
         self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, work: Work[Made], once: bool = True

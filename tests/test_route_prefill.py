@@ -81,7 +81,8 @@ def test_one_pass_decides_as_two_do(load: Any, name: str, monkeypatch: pytest.Mo
     forward = decoder.model.__dict__.get("forward")
     routed = RoutedModel(decoder, routers)
     monkeypatch.setattr(routed, "decide", None)
-    assert routed.generate(prompts, NEW, **EXACTLY) == expected  # padded on the left, each row its own way
+    assert not routed.one_pass
+    assert routed.generate(prompts, NEW, **EXACTLY) == expected and routed.one_pass  # padded on the left, each row its own way
     assert [routed.generate([prompt], NEW, **EXACTLY)[0] for prompt in prompts] == expected
     assert decoder.model.__dict__.get("forward") is forward and len(view_decoder(decoder.model)) == 8
 
@@ -137,7 +138,8 @@ def test_a_cache_that_is_wrong_is_not_used(load: Any, monkeypatch: pytest.Monkey
     with pytest.raises(Refused, match="does not go on as the path's own"):
         Prefill(decoder, lambda counts: OtherStack(decoder, executed(counts)))
     routers, prompts = leaning(decoder), prompts_of([5, 9])
-    assert RoutedModel(decoder, routers).generate(prompts, NEW, **EXACTLY) == without_filling(decoder, routers, prompts)
+    routed = RoutedModel(decoder, routers)
+    assert routed.generate(prompts, NEW, **EXACTLY) == without_filling(decoder, routers, prompts) and not routed.one_pass
 
 
 def test_a_config_with_another_cache_is_generated_from_in_two_passes(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
