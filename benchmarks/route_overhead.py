@@ -5,8 +5,9 @@
 
 The biases of the routers are planted, so that every layer is executed: both sides make the same tokens, and what the second
 takes longer is the routers' own. "decide" is the decision alone, as `RoutedModel.decide` makes it (a pass over the prompt with
-routers in it), "prefill" the bare pass over the prompt, "routers" the routers' arithmetic alone. All run in turns, so that a
-change of the machine's speed meets all of them. Weights of a shape are random: they do not change the time.
+routers in it; `generate` makes it in its own first pass where "one_pass" is true), "prefill" the bare pass over the prompt,
+"routers" their arithmetic alone. All run in turns, so that a change of the machine's speed meets all of them. Weights of a shape
+are random: they do not change the time.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def whole_model_routers(layers: int, width: int) -> Any:
 def main() -> None:
     from layerprune.model.decoder import view_decoder
     from layerprune.route.routed import RoutedModel
-    from layerprune.route.router import pool_windows, turn_dial
+    from layerprune.route.router import Windows, turn_dial
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -88,8 +89,9 @@ def main() -> None:
 
         @torch.no_grad()
         def alone() -> None:
+            windows = Windows(mask_BT)
             for layer in range(layers):
-                turn_dial(routers.one_layer(layer, *pool_windows(hidden_BTD, mask_BT)), -0.5).cpu()
+                turn_dial(routers.one_layer(layer, windows.pool(hidden_BTD), windows.real_BW), -0.5).cpu()
 
         jobs: dict[str, Callable[[], None]] = {
             "bare": bare, "routed": along, "decide": decide, "prefill": prefill, "routers": alone,
@@ -104,7 +106,7 @@ def main() -> None:
         found: dict[str, Any] = {
             "rows": rows, "ratio": statistics.median(ratios), "ratios": [round(ratio, 4) for ratio in ratios], "seconds": seconds,
             "share_of_bare": {name: seconds[name] / seconds["bare"] for name in jobs if name != "bare"},
-            "same_tokens": sum(agreed) / (rows * given.new),
+            "one_pass": routed.one_pass, "same_tokens": sum(agreed) / (rows * given.new),
         }  # fmt: skip
         if cuda:
             found["peak_bytes"] = {name: max(one[name][1] for one in rounds) for name in jobs}

@@ -4,8 +4,9 @@
 
 WORK gets the items (of benchmarks/route_items.py) and the folders of the commands; what is there is gone on with. ENGLISH_MODEL
 is any causal model, DOCUMENTS are texts that it has not seen; angular cuts are ranked on them too. Each model is run with the
-search as it is by default, which stops at a path two layers shorter, and with all simulations; the second of the large model
-on part of the items. Accuracy is on items of other documents or about other facts than those searched.
+search as it is by default, which stops at a path two layers shorter, and with all simulations on part of the items. Accuracy is
+on items of other documents or about other facts than those searched. Routers are trained once more on states as they are, not
+divided by their size, to see what that does.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any
 import route_items
 from record import write_record
 
+DIALS = (-0.7, -0.6, "router", -0.4, -0.25, 0.0)
+
 
 @dataclass(frozen=True)
 class Run:
-    """One search with its routers. limit: items of each kind that are searched, None for all; stop: None for all simulations."""
+    """One search with its routers. limit: items of each task that are searched, None for all; stop: None for all simulations."""
 
     name: str
     model: str
@@ -37,7 +40,6 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("english")
     parser.add_argument("documents", type=Path)
-    parser.add_argument("--part", type=int, default=300, help="items of the large model that are searched with all simulations")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out")
@@ -48,9 +50,9 @@ def main() -> None:
     route_items.write(items["demo"], *route_items.demo(150, 100))
     runs = [
         Run("demo", "demo", items["demo"], 2),
-        Run("demo, all simulations", "demo", items["demo"], None),
+        Run("demo, all simulations", "demo", items["demo"], None, 75),
         Run("english-32l", given.english, items["english"], 2),
-        Run("english-32l, all simulations", given.english, items["english"], None, given.part),
+        Run("english-32l, all simulations", given.english, items["english"], None, 200),
     ]
     ranks = {
         "demo": rank(given.work / "rank-demo", "demo", None, given.device),
@@ -80,17 +82,35 @@ def measure(run: Run, work: Path, ranking: Path, jobs: int, device: str) -> dict
     )  # fmt: skip
     training = train_routing(folder / "paths", device=device, out=folder / "routers", progress=True)
     measured = evaluate_routing(
-        run.model, folder / "routers", items=run.items / "test.jsonl", rank=ranking, device=device, out=folder / "routed",
-        progress=True,
+        run.model, folder / "routers", items=run.items / "test.jsonl", dials=DIALS, rank=ranking, device=device,
+        out=folder / "routed", progress=True,
     )  # fmt: skip
     seconds = {name: json.loads((folder / name / "manifest.json").read_text())["done"] for name in ("paths", "routers", "routed")}
     own = ("folder", "model", "figures")
     return {
         "search": {key: value for key, value in search.items() if key not in own} | {"labels": labels(folder / "paths")},
         "training": rounded({key: value for key, value in training.items() if key not in own}),
+        "unscaled": rounded(unscaled(run.model, folder, device)),
         "measured": rounded({key: value for key, value in measured.items() if key not in own}),
         "seconds": seconds,
     }
+
+
+def unscaled(model: str, folder: Path, device: str) -> dict[str, Any]:
+    """What routers choose that are trained on the states as they are: the report of their training."""
+    from layerprune.model.decoder import view_decoder
+    from layerprune.model.fingerprint import checkpoint_fingerprint
+    from layerprune.model.load import load_model
+    from layerprune.model.source import find_model
+    from layerprune.route.features import collect_features
+    from layerprune.route.labels import labelled, read_records
+    from layerprune.route.train import TrainSettings, train_routers
+
+    source, items = find_model(model), labelled(read_records(folder / "paths" / "paths.jsonl"))
+    decoder = view_decoder(load_model(source.folder, device=device))
+    features = collect_features(decoder, checkpoint_fingerprint(source.folder), items, folder / "unscaled")
+    settings = TrainSettings(held_out=max(1, round(0.1 * len(items))), scaled=False)
+    return train_routers(features, settings, folder / "unscaled", device)[1]
 
 
 def labels(folder: Path) -> dict[str, Any]:

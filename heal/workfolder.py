@@ -61,15 +61,25 @@ def work_folder(work: Path, identity: dict[str, Any], out: Path, device: str) ->
             write_json(state, identity)
         return resumed
 
+    def stays() -> str:
+        if (work / "trained.json").exists():
+            what = "the trained adapter stays"
+        elif (saved := newest_checkpoint(work, remove=False)) is not None:
+            what = f"step {saved.name.rpartition('-')[2]} stays"
+        else:
+            return "nothing was left there"
+        return f"{what} in {work}: make room and give the same command again, it goes on from there"
+
     with contextlib.ExitStack() as stack:
-        stack.enter_context(no_space_refusal(out))
+        stack.enter_context(no_space_refusal(out, stays))
         resumed = first_alone(begin, device)
         try:
             yield resumed
         except Exception:
-            # a refusal before the first saved step leaves nothing worth going on from
-            kept = newest_checkpoint(work, remove=False) is not None or (work / "trained.json").exists()
-            if rank() == 0 and not resumed and not kept:
-                for path in work.iterdir():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if rank() == 0:
+                # what was cut short goes, and a refusal before the first saved step leaves nothing worth going on from
+                kept = newest_checkpoint(work) is not None or (work / "trained.json").exists()
+                if not resumed and not kept:
+                    for path in work.iterdir():
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
             raise

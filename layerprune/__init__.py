@@ -22,6 +22,10 @@ _PUBLIC = {
     "find": "layerprune.search",
     "compare": "layerprune.comparison",
     "probe_depth": "layerprune.depths",
+    "search_routing": "layerprune.routing",
+    "train_routing": "layerprune.routing",
+    "evaluate_routing": "layerprune.route_use",
+    "bake_routing": "layerprune.route_bake",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

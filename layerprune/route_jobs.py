@@ -96,17 +96,15 @@ def _in_processes(search: Search, left: Sequence[int], work: Path, jobs: int, pr
         write_json(place / SPEC, {**told, "numbers": left[k::jobs], "part": str(own), "environment": environment})
         places.append((place, own))
     running: list[tuple[Worker, Path]] = []
-    seen = 0
+    read = dict.fromkeys((part for _, part in places), 0)
     with sigterm_is_an_exit():
         try:
             running += [(Worker(place, "layerprune.route_jobs"), part) for place, part in places]
             waiting = list(running)
             while waiting:
                 time.sleep(0.2)
-                done = sum(max(0, part.read_bytes().count(b"\n") - 1) for _, part in running if part.exists())
-                if done > seen:
-                    progress(done - seen)
-                seen = done
+                for part in read:
+                    progress(_new_records(part, read))
                 for worker, part in list(waiting):
                     fault = worker.ended()
                     if fault:
@@ -117,6 +115,19 @@ def _in_processes(search: Search, left: Sequence[int], work: Path, jobs: int, pr
         finally:
             for worker, _ in running:
                 worker.stop()
+
+
+def _new_records(part: Path, read: dict[Path, int]) -> int:
+    """Records that a file has got since it was last looked at; read: the bytes of each file that were seen."""
+    if not part.exists() or part.stat().st_size == read[part]:
+        return 0
+    with open(part, "rb") as file:
+        file.seek(read[part])
+        lines = file.read()
+    head = int(read[part] == 0 and b"\n" in lines)
+    whole = lines.rfind(b"\n") + 1
+    read[part] += whole
+    return lines.count(b"\n") - head
 
 
 def _slots(device: str | None, jobs: int) -> list[dict[str, str]]:

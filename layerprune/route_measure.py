@@ -26,11 +26,15 @@ class OfTasks:
     """lm-eval tasks, scored by lm-eval itself. Raises Refused for a task whose accuracy is not one of single items."""
 
     def __init__(self, wanted: Any, tokenizer: Any, seed: int, progress: bool, say: Say) -> None:
-        from layerprune.eval.tasks import load_tasks
+        from layerprune.eval.tasks import ACCURACIES, load_tasks
         from layerprune.task_requests import pick_splits
 
         self.tokenizer, self.limit, self.seed, self.progress, self.say = tokenizer, wanted.limit, seed, progress, say
         self.ready = load_tasks(wanted.tasks, wanted.task_folder, wanted.seed)
+        for name, task in self.ready.tasks.items():  # most show it before anything is measured
+            metrics = {metric["metric"] for metric in getattr(task.config, "metric_list", None) or ()}
+            if metrics and not metrics & set(ACCURACIES):
+                raise _without_items(name)
         self.splits = pick_splits(self.ready, wanted.split, ("test", "validation"))
 
     @contextlib.contextmanager
@@ -87,7 +91,7 @@ class OfTasks:
         for name in self.ready.names:
             for leaf in self._leaves(name):
                 if leaf not in correct:
-                    raise Refused(f"task {leaf} has no accuracy item by item, so routing and cuts cannot be compared on it")
+                    raise _without_items(leaf)
         return {name: [value for leaf in self._leaves(name) for value in correct[leaf]] for name in self.ready.names}
 
 
@@ -158,6 +162,10 @@ def measure_of(wanted: Any, tokenizer: Any, seed: int, progress: bool, say: Say)
     if wanted.file is None:
         return OfTasks(wanted, tokenizer, seed, progress, say)
     return OfItems(read_items(wanted, tokenizer).items, tokenizer, progress)
+
+
+def _without_items(task: str) -> Refused:
+    return Refused(f"task {task} has no accuracy item by item, so routing and cuts cannot be compared on it: leave it out")
 
 
 def _digits(counts: Counts) -> str:

@@ -119,6 +119,7 @@ def plot_usage(result: Mapping[str, Any], folder: str | Path, model: str = "") -
         from matplotlib.ticker import MaxNLocator
 
         panels[-1].set_xlabel("layer")
+        panels[-1].set_xlim(-0.7, result["layers"] - 0.3)
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
         figure.supylabel("runs of the layer, mean over items", fontsize=9)
         figure.suptitle(f"How often each layer runs{', ' + model if model else ''}", fontsize=11)

@@ -16,7 +16,7 @@ def format_search(result: Mapping[str, Any]) -> str:
         right = f"{100 * found['answered'] / found['items']:.1f} %"
         counts = (found["useful"], found["improved"], found["shorter"])
         rows.append((name, f"{found['items']:,}", right, *(f"{count:,}" for count in counts), saved))
-    lines = [f"{result['layers']} layers, up to {result['settings']['simulations']} simulations an item", "", *_columns(rows), ""]
+    lines = [f"{result['layers']} layers, up to {result['settings']['simulations']} simulations an item", "", *columns(rows), ""]
     lines += [
         "right: by all layers; better: answered by a path where they do not; shorter: as well, with fewer layers",
         f"{whole['visited']:,} paths tried ({whole['visited'] / whole['items']:.1f} an item); {whole['applications']:,} layers "
@@ -41,13 +41,13 @@ def format_training(result: Mapping[str, Any]) -> str:
         f"{result['trained_on']:,} items",
         "",
         f"on {out:,} other items, along their paths:",
-        *_columns(rows),
+        *columns(rows),
         f"accuracy {held['accuracy']:.3f} (executing every layer: {held['always_execute']:.3f}), macro-F1 {held['macro_f1']:.2f}",
     ]
     return "\n".join([*lines, "", f"{result['folder']}: routers/, train.json, figures/learning.png, figures/layers.png"])
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of text, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -8,7 +8,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,24 +67,39 @@ def _nearest_existing(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def no_space_refusal(target: Path, left: str = "nothing was left there") -> Iterator[None]:
-    """Turn a full disk, a quota or a read-only place into one sentence about `target`.
+def no_space_refusal(target: Path, left: str | Callable[[], str] = "nothing was left there") -> Iterator[None]:
+    """Turn a full disk, a quota, a limit on the size of files or a read-only place into one sentence about `target`.
 
-    One that an inner file was refused with already becomes a sentence about `target` too. left: what became of it.
+    One that an inner file was refused with already becomes a sentence about `target` too. left: what became of it, or what
+    finds that out.
     """
     try:
         yield
     except Exception as told:
         error = told.__cause__ if isinstance(told, Refused) else told
-        # safetensors reports the system's error in words only
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
-            raise Refused(f"the disk is full: could not write {target}; {left}") from error
+        why = _no_room(error)
+        if why is not None:
+            raise Refused(f"{why}: could not write {target}; {left if isinstance(left, str) else left()}") from error
         if not isinstance(error, OSError):
             raise
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             named = f" ({error.filename})" if error.filename else ""
             raise Refused(f"{target} cannot be written: {error.strerror}{named}") from error
         raise
+
+
+def _no_room(error: BaseException | None) -> str | None:
+    """Why there was no room for a file, in words; None for an error of another kind."""
+    # safetensors reports the system's error in words only
+    number, text = getattr(error, "errno", None), str(error)
+    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in text:
+        return "the disk is full"
+    if number == errno.EFBIG or os.strerror(errno.EFBIG) in text:
+        return "a file grows larger than is allowed here (ulimit -f, or the file system's own limit)"
+    # torch.save says where it noticed, and not why
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter failed" in text or "inline_container" in text):
+        return "a file broke off as it was written (a full disk, or a limit on the size of files)"
+    return None
 
 
 @contextlib.contextmanager

@@ -137,16 +137,26 @@ class Prefill:
 
         with stack(counts).entered() as path:
             plain_NV = logits(path)
-            with first_pass_done(path.model, *filled.part([0], counts)):
+            with first_pass_done(path.model, *filled.part([0], counts)) as left_out:
                 found_NV = logits(path)
+        if left_out != [True]:
+            raise Refused("this model does not generate with a cache of keys and values")
         if not logit_distance(plain_NV, found_NV) <= logits_near(self._decoder):
             raise Refused("a cache that was filled while a path was decided does not go on as the path's own")
 
 
 @contextlib.contextmanager
-def first_pass_done(model: Any, output: Any, slots: list[Any]) -> Iterator[None]:
-    """Inside the block the model's next forward pass is not run: its output is the given one, its cache gets the slots."""
+def first_pass_done(model: Any, output: Any, slots: list[Any]) -> Iterator[list[bool]]:
+    """Inside the block the model's next forward pass is not run: its output is the given one, its cache gets the slots.
+
+    Where that pass is another one (other rows, as with beams, or another kind of cache) it is run after all. Yields a list
+    that says afterwards whether it was left out.
+    """
+    from transformers import DynamicCache
+
     forward, own = model.forward, model.__dict__.get("forward")
+    expected = (output.logits.shape[0], slots[0].get_seq_length())
+    left_out: list[bool] = []
 
     def restore() -> None:
         if own is None:
@@ -157,22 +167,25 @@ def first_pass_done(model: Any, output: Any, slots: list[Any]) -> Iterator[None]
     @functools.wraps(forward)  # generate looks at its parameters
     def done(*args: Any, **kwargs: Any) -> Any:
         restore()
-        name, cache = _cache_of(kwargs)
-        if [type(slot) for slot in cache.layers] != [type(slot) for slot in slots]:
-            raise Refused("the cache that generation has made is not that of this path")
+        caches = [(name, value) for name, value in kwargs.items() if isinstance(value, DynamicCache)]
+        alike = len(caches) == 1 and [type(slot) for slot in caches[0][1].layers] == [type(slot) for slot in slots]
+        left_out.append(alike and tuple(getattr(kwargs.get("input_ids"), "shape", ())) == expected)
+        if not left_out[0]:
+            return forward(*args, **kwargs)
+        name, cache = caches[0]
         cache.layers = slots
         output[name] = cache
         return output
 
     model.__dict__["forward"] = done
     try:
-        yield
+        yield left_out
     finally:
         restore()
 
 
 def _cache_of(values: Any) -> tuple[str, Any]:
-    """The name and the cache among a pass's arguments or results; newer transformers call it otherwise."""
+    """The name and the cache among a pass's results; newer transformers call it otherwise."""
     from transformers import DynamicCache
 
     found = [(name, value) for name, value in values.items() if isinstance(value, DynamicCache)]

@@ -29,9 +29,6 @@ from layerprune.route.router import Routers, Windows, choose, parse_dial, turn_d
 
 _MOST_STACKS = 256
 _DECIDED_TOKENS = 8192
-_OWN_CACHE = {"cache", "past_key_values", "cache_implementation", "prefill_chunk_size", "use_cache"}
-"""Options of `generate` under which its first pass is not a plain one."""
-
 Made = TypeVar("Made")
 Work = Callable[[Decoder, Sequence[int]], Sequence[Made]]
 """What generates from rows of one path: it gets the stack of that path, and gives one result a row."""
@@ -132,14 +129,17 @@ class RoutedModel:
             def work(routed: Decoder, members: Sequence[int]) -> list[tuple[int, ...]]:
                 return _continue(routed, ids_BT[members], mask_BT[members], max_new_tokens, options)
 
-            for row, (tokens, counts) in zip(
-                rows, self.by_path(ids_BT, mask_BT, work, not _OWN_CACHE & options.keys()), strict=True
-            ):
+            for row, (tokens, counts) in zip(rows, self.by_path(ids_BT, mask_BT, work), strict=True):
                 found[row] = Generated(tokens, counts)
 
         for batch in batches(prompts, _DECIDED_TOKENS):
             in_halves(batch.rows, part)
         return [made for made in found if made is not None]
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether `generate` decides in the pass that fills the cache; known once it has been called."""
+        return self._prefill is not None
 
     @torch.no_grad()
     def by_path(
@@ -149,9 +149,9 @@ class RoutedModel:
 
         ids_BT: prompts padded on the left; mask_BT: 1 on real tokens. `work(routed, rows)` is called once a path, with the stack
         of that path entered, and must generate from these rows of ids_BT and mask_BT, as wide as they are, before it lets the
-        model do anything else: the model's first pass may be done already, unless `once` is False. Raises what `generate` raises.
+        model do anything else: the model's first pass may be done already. Raises what `generate` raises.
         """
-        filled = self._filled(ids_BT, mask_BT) if once else None
+        filled = self._filled(ids_BT, mask_BT)
         if filled is None:
             decided = self.decide([ids_T[mask_T.bool()].tolist() for ids_T, mask_T in zip(ids_BT, mask_BT, strict=True)])
         else:
@@ -174,13 +174,14 @@ class RoutedModel:
     def _filled(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> Filled | None:
         """The pass that decides and fills the cache; None where that is not to be had."""
         settings = self.decoder.model.generation_config
-        if self.dial >= 0.5 or settings.cache_implementation or settings.prefill_chunk_size:
+        if self.dial >= 0.5 or settings.cache_implementation or settings.prefill_chunk_size:  # it would be thrown away
             return None
         left_to_others: tuple[type[Exception], ...] = (Refused, *model_errors())
         try:
             if not self._looked:
-                self._looked = True
+                self._looked, started = True, time.perf_counter()
                 self._prefill = Prefill(self.decoder, self.stack)
+                self.built_seconds += time.perf_counter() - started
             if self._prefill is None:
                 return None
             return self._prefill.run(ids_BT, None if bool(mask_BT.all()) else mask_BT, self._chances)

@@ -81,7 +81,8 @@ def test_one_pass_decides_as_two_do(load: Any, name: str, monkeypatch: pytest.Mo
     forward = decoder.model.__dict__.get("forward")
     routed = RoutedModel(decoder, routers)
     monkeypatch.setattr(routed, "decide", None)
-    assert routed.generate(prompts, NEW, **EXACTLY) == expected  # padded on the left, each row its own way
+    assert not routed.one_pass
+    assert routed.generate(prompts, NEW, **EXACTLY) == expected and routed.one_pass  # padded on the left, each row its own way
     assert [routed.generate([prompt], NEW, **EXACTLY)[0] for prompt in prompts] == expected
     assert decoder.model.__dict__.get("forward") is forward and len(view_decoder(decoder.model)) == 8
 
@@ -137,7 +138,8 @@ def test_a_cache_that_is_wrong_is_not_used(load: Any, monkeypatch: pytest.Monkey
     with pytest.raises(Refused, match="does not go on as the path's own"):
         Prefill(decoder, lambda counts: OtherStack(decoder, executed(counts)))
     routers, prompts = leaning(decoder), prompts_of([5, 9])
-    assert RoutedModel(decoder, routers).generate(prompts, NEW, **EXACTLY) == without_filling(decoder, routers, prompts)
+    routed = RoutedModel(decoder, routers)
+    assert routed.generate(prompts, NEW, **EXACTLY) == without_filling(decoder, routers, prompts) and not routed.one_pass
 
 
 def test_a_config_with_another_cache_is_generated_from_in_two_passes(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +149,22 @@ def test_a_config_with_another_cache_is_generated_from_in_two_passes(load: Any, 
     routed = RoutedModel(decoder, routers)
     monkeypatch.setattr(decoder.model.generation_config, "cache_implementation", "static")
     assert routed.generate(prompts, NEW, **EXACTLY) == expected and not routed._looked
+
+
+@pytest.mark.parametrize("other", [{"cache_implementation": "static"}, {"num_return_sequences": 2, "num_beams": 2}])
+def test_generation_of_another_kind_runs_its_own_first_pass(load: Any, other: dict[str, Any]) -> None:
+    """As lm-eval may ask for it: the work given decides how it generates."""
+    decoder = load("Llama")
+    routed = RoutedModel(decoder, leaning(decoder))
+    ids_BT = torch.tensor(prompts_of([7, 7]))
+
+    def work(path: Decoder, rows: Sequence[int]) -> list[list[int]]:
+        settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **EXACTLY, **other}
+        mask_BT = torch.ones_like(ids_BT[rows])
+        made_BT = path.model.generate(ids_BT[rows], attention_mask=mask_BT, **settings)
+        return made_BT[:: len(made_BT) // len(rows), 7:].tolist()
+
+    found = routed.by_path(ids_BT, torch.ones_like(ids_BT), work)
+    for row, (tokens, counts) in enumerate(found):
+        with torch.no_grad(), routed.stack(counts).entered() as path:
+            assert tokens == work(path, [row])[0]

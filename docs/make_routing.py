@@ -1,0 +1,176 @@
+"""The tables and the figure of docs/routing.md, from the records in benchmarks/.
+
+    python docs/make_routing.py
+
+Writes docs/routing.png, and what stands between the marks of docs/routing.md; a test holds the page to the records.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BENCHMARKS = HERE.parent / "benchmarks"
+STRATEGIES = {"angular": ("angular cut", "#7f7f7f", "-"), "last": ("last n", "#7f7f7f", ":")}
+COLOURS = ("#0072B2", "#D55E00")
+"""Of the search as it is by default, and with all simulations."""
+SHOWN = 0.6
+"""Share of the layers from which on accuracy is drawn."""
+
+
+def read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
+    return found
+
+
+def table_of_accuracy(runs: dict[str, Any]) -> str:
+    """Every dial beside the static cuts of the same mean depth."""
+    lines = [
+        "| routers of | dial | mean layers | accuracy | angular cut | last n | routing minus the better cut |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, run in runs.items():
+        found = run["measured"]
+        base = found["base"]
+        lines.append(f"| {name} | whole model | {base['layers']:.0f} | {base['accuracy']:.3f} | | | |")
+        for one in sorted(found["routed"], key=lambda one: -one["dial"]):
+            against = one["against"]
+            cuts = {strategy: one["accuracy"] - made["difference"] for strategy, made in against.items()}
+            cells = [f"{cuts[strategy]:.3f}" if strategy in cuts else "" for strategy in STRATEGIES]
+            told = ""
+            if against:
+                best = against[max(cuts, key=lambda strategy: cuts[strategy])]
+                told = f"{100 * best['difference']:+.1f} ({100 * best['low']:+.1f} to {100 * best['high']:+.1f}) points"
+                told = f"**{told}**" if best["low"] > 0 or best["high"] < 0 else told
+            lines.append(f"| | {one['name']} | {one['layers']:.2f} | {one['accuracy']:.3f} | {' | '.join(cells)} | {told} |")
+    return "\n".join(lines)
+
+
+def table_of_searches(runs: dict[str, Any]) -> str:
+    """What was found, and what that took."""
+    lines = [
+        "| search of | items | right | better | shorter | layers saved | different paths | paths tried an item | layers run, of "
+        "each path by itself | minutes |",
+        "|---" * 10 + "|",
+    ]
+    for name, run in runs.items():
+        found, labels = run["search"]["all"], run["search"]["labels"]
+        lines.append(
+            f"| {name} | {found['items']} | {found['answered'] / found['items']:.1%} | {found['improved']} | {found['shorter']} | "
+            f"{found['mean_saved']:.2f} | {labels['paths']} of {labels['items']} | {found['visited'] / found['items']:.1f} | "
+            f"{found['run_share']:.2f} | {run['seconds']['paths']['search'] / 60:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def table_of_routers(runs: dict[str, Any]) -> str:
+    """How well the routers choose on items that they were not trained on."""
+    lines = [
+        "| routers of | items, held out | labels skip, repeat | skip: precision, recall, F1 | repeat: precision, recall, F1 | "
+        "accuracy (always execute) | macro-F1 | macro-F1, states as they are |",
+        "|---" * 8 + "|",
+    ]
+    for name, run in runs.items():
+        made = run["training"]
+        held = made["held_out"]
+        share = [sum(held["confusion"][c]) / held["layers"] for c in (0, 2)]
+        cells = [
+            ", ".join("-" if (v := held[what][action]) is None else f"{v:.2f}" for what in ("precision", "recall", "f1"))
+            for action in ("skip", "repeat")
+        ]
+        lines.append(
+            f"| {name} | {made['items']}, {made['items'] - made['trained_on']} | {share[0]:.1%}, {share[1]:.1%} | {cells[0]} | "
+            f"{cells[1]} | {held['accuracy']:.3f} ({held['always_execute']:.3f}) | {held['macro_f1']:.2f} | "
+            f"{run['unscaled']['held_out']['macro_f1']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def overhead() -> str:
+    """What deciding costs in generation, where a GPU has been measured."""
+    if not (BENCHMARKS / "route_overhead.json").exists():
+        return "What the decision costs on a GPU has not been measured yet (`benchmarks/route_overhead.py`)."
+    record = read("route_overhead.json")
+    shape = record["shape"]
+    told = ", ".join(f"{one['ratio'] - 1:+.1%} at {one['rows']} row{'s' * (one['rows'] > 1)}" for one in record["runs"])
+    return (
+        f"On {record['device']}, {shape['layers']} layers of width {shape['hidden']} in {shape['dtype'].removeprefix('torch.')}, "
+        f"prompts of {shape['prompt']} and {shape['new']} new tokens, a routed model whose every layer is executed takes this much "
+        f"longer than transformers' own `generate`: {told} (`benchmarks/route_overhead.py`)."
+    )
+
+
+def tables() -> dict[str, str]:
+    """What stands between the page's marks."""
+    runs = read("routing.json")["runs"]
+    return {
+        "accuracy": table_of_accuracy(runs),
+        "searches": table_of_searches(runs),
+        "routers": table_of_routers(runs),
+        "overhead": overhead(),
+    }
+
+
+def filled(page: str) -> str:
+    """The page as the records have it."""
+    for mark, table in tables().items():
+        pattern = rf"(<!-- {mark} -->\n).*?(<!-- end -->)"
+        assert re.search(pattern, page, re.DOTALL), f"docs/routing.md has no mark {mark}"
+        page = re.sub(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], page, flags=re.DOTALL)
+    return page
+
+
+def draw(target: Path) -> None:
+    """A column a model: accuracy against mean depth, and which layers are skipped."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = read("routing.json")["runs"]
+    models: dict[str, list[str]] = {}
+    for name in runs:
+        models.setdefault(name.partition(",")[0], []).append(name)
+    figure, grid = plt.subplots(2, len(models), figsize=(11, 6.6), constrained_layout=True, squeeze=False)
+    for (model, names), above, below in zip(models.items(), grid[0], grid[1], strict=True):
+        first = runs[names[0]]["measured"]
+        layers = first["layers"]
+        for strategy, (label, colour, dash) in STRATEGIES.items():
+            cuts = {c["layers"]: c["accuracy"] for name in names for c in runs[name]["measured"]["static"].get(strategy, [])}
+            points = sorted((depth, value) for depth, value in cuts.items() if depth >= SHOWN * layers)
+            above.plot(*zip(*points, strict=True), dash, color=colour, label=label, lw=1.5)
+        above.plot(layers, first["base"]["accuracy"], "k*", ms=9, label="whole model")
+        for name, colour in zip(names, COLOURS, strict=True):
+            told = "routed (all simulations)" if "," in name else "routed (search stops at 2 layers fewer)"
+            points = sorted((one["layers"], one["accuracy"]) for one in runs[name]["measured"]["routed"])
+            points = [point for point in points if point[0] >= SHOWN * layers]
+            above.plot(*zip(*points, strict=True), "o-", color=colour, label=told, lw=1.2, ms=4)
+            own = next(one for one in runs[name]["measured"]["routed"] if one["name"] == "router")
+            above.plot(own["layers"], own["accuracy"], "o", color=colour, mfc="white", ms=9, mew=1.6)
+            by_layer = runs[name]["training"]["by_layer"]
+            below.plot(by_layer["held_out"]["skip"], "-", color=colour, lw=1.0, alpha=0.55)
+            below.plot(by_layer["routers"]["skip"], "s-", color=colour, lw=1.5, ms=3)
+        above.set(title=model, xlabel="mean layers")
+        below.set(xlabel="layer")
+        below.set_ylim(bottom=0)
+        for panel in (above, below):
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.tick_params(labelsize=8)
+    grid[0][0].set_ylabel("accuracy on items not searched", fontsize=9)
+    grid[1][0].set_ylabel("share of held-out items that skip\n(squares: routers; pale: labels)", fontsize=9)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(target, dpi=110)
+
+
+def main() -> None:
+    page = HERE / "routing.md"
+    page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    draw(HERE / "routing.png")
+
+
+if __name__ == "__main__":
+    main()
