@@ -1,9 +1,10 @@
 """What the depth probes find in several models, and what they cost against a bare forward pass over the same tokens.
 
     python benchmarks/depth.py demo english-32l=english-valid.jsonl --samples 64 --length 128 --out benchmarks/depth.json
-    python benchmarks/depth.py llama-2-7b --device cuda --length 512 --rounds 5 --no-values --out depth_gpu.json
+    python benchmarks/depth.py llama-2-7b --random --device cuda --length 512 --out benchmarks/depth_gpu.json
 
-A model is a recipe, a Hub id or a folder; after `=` its data, else the recipe's. `values` are those of `layerprune depth`.
+A model is a recipe, a Hub id or a folder; after `=` its data, else the recipe's; with --random a shape, with random bf16 weights
+and random tokens: costs only. `values` are those of `layerprune depth`.
 Bare pass, `ends`, `residual` and `lens` run in turns on the same batches; the bare pass includes the head. `ends` is what no
 logit lens can do without, alone: for every layer the head, a softmax and a top 5. The skip map is counted,
 not timed: layers run, one layer on one document each, against the whole model once for every skip and position.
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rank_speed import SHAPES, random_model
 from record import timed, write_record
 
 
@@ -36,13 +38,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out")
+    parser.add_argument("--random", action="store_true", help=f"random weights of a shape: {', '.join(SHAPES)}")
     given = parser.parse_args()
     found: dict[str, Any] = {}
     for text in given.models:
         name, _, data = text.partition("=")
         label = Path(name).name
         found[label] = costs(name, data or None, given)
-        if not given.no_values:
+        if not given.no_values and not given.random:
             found[label]["values"] = values(name, data or None, given)
     shape = {"samples": given.samples, "length": given.length, "dtype": given.dtype, "rounds": given.rounds}
     write_record(given.out, given.device, shape, {"models": found})
@@ -95,11 +98,16 @@ def costs(name: str, data: str | None, given: argparse.Namespace) -> dict[str, A
     from layerprune.model.load import load_model, load_tokenizer
     from layerprune.model.source import find_model
 
-    source = find_model(name)
-    own = data or (source.recipe.data_path(source.recipe.eval.data) if source.recipe else "c4")
-    documents = read_documents(own, "validation", given.samples, given.seed)
-    sequences = tokenise(load_tokenizer(source.folder), documents, given.length, at_least=2)
-    decoder = view_decoder(load_model(source.folder, device=given.device, dtype=given.dtype))
+    if given.random:
+        decoder = view_decoder(random_model(name, given.device))
+        vocab, some = decoder.model.config.vocab_size, torch.Generator().manual_seed(given.seed)
+        sequences = torch.randint(vocab, (given.samples, given.length), generator=some).tolist()
+    else:
+        source = find_model(name)
+        own = data or (source.recipe.data_path(source.recipe.eval.data) if source.recipe else "c4")
+        documents = read_documents(own, "validation", given.samples, given.seed)
+        sequences = tokenise(load_tokenizer(source.folder), documents, given.length, at_least=2)
+        decoder = view_decoder(load_model(source.folder, device=given.device, dtype=given.dtype))
     kind = "cpu" if decoder.device.type == "cpu" else "cuda"
     budget = token_budget(decoder)
     together = batches(sequences, budget)
