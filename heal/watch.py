@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from layerprune.heal.checkpoints import mark, newest_checkpoint
 from layerprune.heal.memory import context_bytes
-from layerprune.heal.world import agreed
+from layerprune.heal.world import agreed, is_sharded
 from layerprune.model.errors import Refused
 
 Say = Callable[[str], None]
@@ -59,7 +59,8 @@ class Watch(TrainerCallback):
         from tqdm import tqdm
 
         self.started = self.saved = time.perf_counter()
-        _make_moments(kwargs.get("optimizer"))
+        if not is_sharded():  # FSDP steps on shards, which have moments of their own
+            _make_moments(kwargs.get("optimizer"))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="heal", unit="step", disable=not self.progress)
