@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from layerprune.heal.linear import is_packed, stand_in
+from layerprune.heal.measure import saved_on_cpu
 from layerprune.heal.memory import Memory, apply_plan, plan_on_cpu, trained_layers
 from layerprune.heal.merge import Stored, locate, quantised_linears
 from layerprune.heal.planner import Planner
@@ -19,11 +20,13 @@ from layerprune.heal.settings import Healing, divisors
 from layerprune.heal.student import Student, Teaching, still
 from layerprune.heal.targets import Target, choose_targets, probe_forward, target_pattern
 from layerprune.heal.teacher import Teacher, prove_pair, seam
-from layerprune.heal.world import first_alone, is_sharded, local_device, world_size
+from layerprune.heal.world import first_alone, is_sharded, local_device, local_processes, world_size
 from layerprune.model.cuts import Kept
 from layerprune.model.decoder import Decoder, view_decoder
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import read_json, write_json
+from layerprune.model.memory import host_room
+from layerprune.model.passplan import PROCESS_BYTES
 from layerprune.model.progress import progress_bar
 from layerprune.model.source import ModelSource
 from layerprune.model.tensors import read_checkpoint
@@ -203,7 +206,9 @@ def _autocast(device: str) -> Any:
     return torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=compute_dtype(device) == torch.bfloat16)
 
 
-def plan_memory(made: Prepared, settings: Healing, device: str, budget: int | None, positions: Any, work: Path, say: Say) -> Memory:
+def plan_memory(
+    made: Prepared, settings: Healing, device: str, budget: int | None, ram: int | None, positions: Any, work: Path, say: Say
+) -> Memory:
     """What the user gave, else what this healing was begun with, else the fastest that fits; the student is set up so."""
     world, begun = world_size(), work / "memory.json"
     share = settings.batch_size // world
@@ -213,7 +218,7 @@ def plan_memory(made: Prepared, settings: Healing, device: str, budget: int | No
         raise UsageError(f"{told}: use one of {fits}")
     sizes = divisors(share) if settings.micro_batch is None else [settings.micro_batch]
     student = made.student
-    asked = {"budget": budget, "kernels": settings.kernels}
+    asked = {"budget": budget, "ram": ram, "kernels": settings.kernels}
     if is_sharded():
         return Memory(max([size for size in sizes if size * settings.length <= SHARDED_TOKENS] or [min(sizes)]))
 
@@ -228,7 +233,12 @@ def plan_memory(made: Prepared, settings: Healing, device: str, budget: int | No
             fitting = [size for size in sizes if size * settings.length <= SHARDED_TOKENS] or [min(sizes)]
             plan = Memory(max(fitting), len(trained_layers(student)))
         elif device.startswith("cpu"):
-            plan = plan_on_cpu(student, sizes, _CPU_MICRO_BATCH if settings.micro_batch is None else settings.micro_batch)
+            most = _CPU_MICRO_BATCH if settings.micro_batch is None else settings.micro_batch
+            saved = None if ram is None else saved_on_cpu(student, settings.length, positions, made.compute)
+            model = student.decoder.model
+            held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+            room = host_room(None if ram is None else ram // local_processes(), held)
+            plan = plan_on_cpu(student, sizes, most, room, saved, PROCESS_BYTES + held)
         else:
             planner = Planner(student, settings.length, settings.steps, share, positions, world)
             plan = planner.choose(sizes, budget, say)

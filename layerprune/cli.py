@@ -293,7 +293,7 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 )  # fmt: skip
 @click.option("--nf4-copy", is_flag=True, help="Write the result once more in NF4, to OUT-nf4.")
 @click.option("--report-to", metavar="A,B", help="Reports beside the terminal's: tensorboard, wandb, trackio.")
-@_options(_seed, _device, _trust, _out("runs/<model>-healed"), _json, _v)
+@_options(_ram, _seed, _device, _trust, _out("runs/<model>-healed"), _json, _v)
 def heal(
     heal_data: str | None, out: str | None, as_json: bool, targets: str | None, report_to: str | None, **options: Any
 ) -> None:

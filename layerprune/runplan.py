@@ -165,7 +165,7 @@ def set_up(
     """Resolve and check settings; nothing is loaded. What is None comes from the recipe, else from the defaults.
 
     memory, ram: of the GPU and of the host, as text such as `8GiB` or in bytes; a model that does not fit in them (by default:
-    in what is free) is ranked and measured layer by layer from its files, and healing plans for `memory`. heal: whether there
+    in what is free) is ranked and measured layer by layer from its files, and healing plans for them. heal: whether there
     will be healing, whose data and device are checked then. heal_with: other settings of `heal_checkpoint`, as a mapping or
     as `key=value` texts. Raises UsageError and Refused.
     """
@@ -183,6 +183,8 @@ def set_up(
         raise UsageError("--memory is the GPU's, and the model runs on the CPU: use --ram for the host's memory")
     if gpu is not None and heal:
         more.setdefault("memory", str(memory) if isinstance(memory, str) else gpu)
+    if host is not None and heal:
+        more.setdefault("ram", str(ram) if isinstance(ram, str) else host)
     config = load_config(source.folder, trust_remote_code)
     recipe = source.recipe
     base = recipe.eval if recipe else EvalSettings()
@@ -245,14 +247,19 @@ def set_up(
     )
 
 
+def _amount(text: str) -> str | int:
+    """Memory as text with its unit, or as bytes where it was handed on as a number."""
+    return int(text) if text.isdigit() and len(text) > 6 else text
+
+
 _HEAL_WITH: dict[str, Callable[[str], Any]] = {
     "learning_rate": float, "lora_rank": int, "dropout": float, "warmup_steps": int, "batch_size": int, "micro_batch": int,
     "targets": lambda text: text.split("+"), "packing": str, "adapters": str, "distil": float, "bridge": str, "merge": str,
-    "memory": str, "report_to": lambda text: text.split("+"), "teacher": str, "validation": str, "validation_samples": int,
-    "kernels": str,
+    "memory": _amount, "ram": _amount, "report_to": lambda text: text.split("+"), "teacher": str, "validation": str,
+    "validation_samples": int, "kernels": str,
 }  # fmt: skip
 """Settings of healing that a run takes beside those with options of their own; several names are joined by `+`."""
-_NOT_DECIDING = ("memory", "micro_batch", "report_to", "kernels")
+_NOT_DECIDING = ("memory", "ram", "micro_batch", "report_to", "kernels")
 
 
 def heal_settings_from(given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

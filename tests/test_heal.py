@@ -537,6 +537,8 @@ def test_healing_again_keeps_the_first_record(base: Path, data: str, healed: tup
         ({"teacher": "demo"}, "--teacher demo is for --distil or --bridge"),
         ({"distil": 1.0, "bridge": "map"}, "--distil and --bridge cannot be combined"),
         ({"memory": "much"}, "--memory much is no amount of memory"),
+        ({"ram": "much"}, "--ram much is no amount of memory"),
+        ({"memory": "8GiB"}, "--memory is the GPU's, and this healing runs on the CPU: use --ram"),
         ({"tokens": 100}, "--heal-steps 12 and --heal-tokens 100 both say"),
     ],
 )
