@@ -15,7 +15,7 @@ from layerprune.model.files import must_have_room
 from layerprune.model.fingerprint import checkpoint_fingerprint, folder_fingerprint, tokenizer_fingerprint
 from layerprune.model.load import pick_device, pick_dtype
 from layerprune.model.memory import byte_count
-from layerprune.model.recipes import EvalSettings, HealSettings, Recipe
+from layerprune.model.recipes import EvalSettings, HealSettings, Recipe, section_of
 from layerprune.model.source import ModelSource, find_model
 from layerprune.model.tensors import read_checkpoint
 
@@ -187,9 +187,9 @@ def set_up(
         more.setdefault("ram", str(ram) if isinstance(ram, str) else host)
     config = load_config(source.folder, trust_remote_code)
     recipe = source.recipe
-    base = recipe.eval if recipe else EvalSettings()
+    base = section_of(recipe, EvalSettings)
     evaluation = EvalSettings(
-        data=eval_data or (recipe.data_path(base.data) if recipe else base.data),
+        data=eval_data or base.data,
         samples=samples or base.samples,
         length=base.length if length is None else length,
         limit=limit or base.limit,
@@ -199,8 +199,7 @@ def set_up(
     pick_length(evaluation.length, config)
     healing = None
     if heal:
-        healing = recipe.heal if recipe else HealSettings()
-        own = recipe.data_path(healing.data) if recipe else healing.data
+        healing = section_of(recipe, HealSettings)
         if heal_tokens is not None:
             if heal_steps is not None:
                 raise UsageError("--heal-steps and --heal-tokens both say how long to heal: give one of them")
@@ -212,7 +211,7 @@ def set_up(
             changed["targets"] = tuple(more["targets"])
         healing = replace(
             healing,
-            data=heal_data or own,
+            data=heal_data or healing.data,
             steps=healing.steps if heal_steps is None else heal_steps,
             length=healing.length if length is None else length,
             **changed,
