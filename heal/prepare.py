@@ -191,10 +191,13 @@ def keeps_apart(student: Student, decoder: Decoder) -> bool:
             raise
         except Exception:  # no position ids, or not of this form: then there is nothing to keep them apart with
             return False
-    spread = float(alone.std())
-    # masked tokens weigh exactly nothing; another number of tokens is another order of sums
-    near = 1e-3 if alone.dtype == decoder.model.dtype == torch.float32 else 5e-2
-    return float((first - second).abs().max()) <= 1e-5 * spread and float((first - alone).abs().max()) <= near * spread
+    # masked tokens weigh exactly nothing, to the last bit
+    if not float((first - second).abs().max()) <= 1e-5 * float(alone.std()):
+        return False
+    # another number of tokens is another order of sums, and half precision rounds each of them: 2 % of a state in 8 layers of
+    # random weights, where positions that go on make 38 % and more. The median: single tokens may go to another expert
+    near = 1e-3 if alone.dtype == decoder.model.dtype == torch.float32 else 0.1
+    return float(((first - alone).norm(dim=-1) / alone.norm(dim=-1)).median()) <= near
 
 
 def _some_ids(decoder: Decoder, rows: int, tokens: int) -> torch.Tensor:

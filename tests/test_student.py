@@ -526,6 +526,31 @@ def test_positions_that_restart_keep_documents_apart(kind: str, attention: str, 
     assert made.separate and apart_by_own_loss(made)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_rounding_is_not_taken_for_documents_that_see_one_another(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, in many layers that double what is rounded, and with states a thousand times as large in one feature."""
+    monkeypatch.setattr(prepare, "compute_dtype", lambda device: torch.bfloat16)
+    model_type, settings = KINDS[kind]
+    deep = {"num_hidden_layers": 12, "initializer_range": 0.3} if kind == "llama" else {"n_layer": 12, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    config = families.make_config(families.Family(model_type, {**settings, **deep}))
+    model = auto_class(config).from_config(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 3] += 30.0
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path / "deep")
+    made = made_ready(tmp_path / "deep", kind)
+    ids_BT = torch.randint(0, 50, (1, 16), generator=torch.Generator().manual_seed(5))
+    positions = {"position_ids": torch.arange(16).remainder(8).unsqueeze(0)}
+    with torch.no_grad(), made.student.installed():
+        made.live.eval()
+        both, alone = made.student.states(ids_BT, positions)[:, 8:].float(), made.student.states(ids_BT[:, 8:], {}).float()
+        assert (both - alone).abs().max() > 0.05 * alone.std(), "there is something to be mistaken"
+    assert made.separate
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_whether_documents_are_kept_apart_is_found_out_rightly(kind: str, built: Any) -> None:
     made = made_ready(built(kind), kind)
