@@ -96,6 +96,7 @@ def costs(name: str, data: str | None, given: argparse.Namespace) -> dict[str, A
     from layerprune.model.data import batches, read_documents, tokenise
     from layerprune.model.decoder import view_decoder
     from layerprune.model.load import load_model, load_tokenizer
+    from layerprune.model.recipes import EvalSettings, section_of
     from layerprune.model.source import find_model
 
     if given.random:
@@ -104,7 +105,7 @@ def costs(name: str, data: str | None, given: argparse.Namespace) -> dict[str, A
         sequences = torch.randint(vocab, (given.samples, given.length), generator=some).tolist()
     else:
         source = find_model(name)
-        own = data or (source.recipe.data_path(source.recipe.eval.data) if source.recipe else "c4")
+        own = data or section_of(source.recipe, EvalSettings).data
         documents = read_documents(own, "validation", given.samples, given.seed)
         sequences = tokenise(load_tokenizer(source.folder), documents, given.length, at_least=2)
         decoder = view_decoder(load_model(source.folder, device=given.device, dtype=given.dtype))

@@ -13,7 +13,7 @@ from layerprune.eval.tasks import TaskSet, check_counts, load_tasks, score_tasks
 from layerprune.model.data import batches, check_data, check_seed, read_documents, tokenise
 from layerprune.model.errors import UsageError
 from layerprune.model.files import made_folder, must_not_exist, read_json, write_json
-from layerprune.model.recipes import EvalSettings, Recipe
+from layerprune.model.recipes import EvalSettings, Recipe, section_of
 
 Shots = dict[str, int | None]
 
@@ -181,8 +181,8 @@ def evaluate_checkpoint(
     pick_device(device)
     source = find_model(str(model), revision)
     recipe = source.recipe
-    chosen = recipe.eval if recipe else EvalSettings()
-    data = data if data is not None else recipe.data_path(chosen.data) if recipe else chosen.data
+    chosen = section_of(recipe, EvalSettings)
+    data = chosen.data if data is None else data
     folder = task_folder if task_folder is not None else recipe.tasks_path if recipe else None
     limit = chosen.limit if limit is None else limit
     samples = chosen.samples if samples is None else samples

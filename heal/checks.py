@@ -33,7 +33,9 @@ def check_healing(
     settings: those of `heal_checkpoint`. A local file is read to its end and must fill one sequence.
     """
     config = load_config(source.folder, trust_remote_code)
-    byte_count(settings.pop("memory", None), "--memory")
+    budget = byte_count(settings.pop("memory", None), "--memory")
+    byte_count(settings.pop("ram", None), "--ram")
+    check_device(pick_device(device), budget)
     check_reports(settings.get("report_to") or ())
     elsewhere = {key: settings.pop(key) for key in ("report_to", "teacher") if key in settings}
     chosen = heal_settings(config, source.recipe, data=data, seed=seed, **settings)
@@ -62,8 +64,10 @@ def check_reports(report_to: Sequence[str]) -> None:
         )
 
 
-def check_device(device: str) -> None:
-    """Refuse a GPU other than the first: accelerate trains a 4-bit model there only."""
+def check_device(device: str, memory: int | None = None) -> None:
+    """Refuse a GPU other than the first, as accelerate trains a 4-bit model there only, and a GPU's memory on the CPU."""
+    if memory is not None and device == "cpu":
+        raise UsageError("--memory is the GPU's, and this healing runs on the CPU: use --ram for the host's memory")
     kind, _, index = device.partition(":")
     if kind == "cuda" and index not in ("", "0") and world_size() == 1:
         raise UsageError(f"--device {device} cannot heal: set CUDA_VISIBLE_DEVICES={index} and leave --device out")

@@ -41,6 +41,8 @@ class Job:
     device: str
     spread: bool
     budget: int | None
+    ram: int | None
+    """Bytes of the GPU's and of the host's memory that may be taken, where the user said so."""
     report_to: tuple[str, ...]
     trust: bool
     say: Say
@@ -98,7 +100,7 @@ class Job:
         positions = torch.from_numpy(packed.positions(several)) if made.separate else None
         row = Sequences(packed, made.separate, {})[several]
         with kernels_in_use(settings.kernels, made.student, row, made.compute, say) as prove:
-            memory = plan_memory(made, settings, self.device, self.budget, positions, work, say)
+            memory = plan_memory(made, settings, self.device, self.budget, self.ram, positions, work, say)
             prove(memory.micro_batch)
             say(
                 f"{made.trainable:,} trainable parameters in {len(made.where)} linear layers ({', '.join(made.leaves)}); NF4 base, "

@@ -1,4 +1,4 @@
-"""What one layer of each kind costs a training step: bytes and seconds, measured on the GPU, forward and back."""
+"""What a training step costs: on a GPU the bytes and seconds of one layer of each kind, on a CPU the bytes of a sequence."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from layerprune.heal.fused import next_token_loss
-from layerprune.heal.linear import FourBitLinear
-from layerprune.heal.memory import trained_layers
+from layerprune.heal.fused import SLICE_ELEMENTS, next_token_loss
+from layerprune.heal.linear import FourBitLinear, four_bit_linears
+from layerprune.heal.memory import Saved, trained_layers
 from layerprune.heal.student import Student, with_hidden
 from layerprune.model.decoder import first_hidden, hidden_of
 
@@ -167,6 +167,46 @@ class Meter:
 
         decode()
         return _timed(decode, self.device)
+
+
+def saved_on_cpu(student: Student, length: int, positions_T: torch.Tensor | None, compute: torch.dtype) -> Saved:
+    """What a step of sequences of `length` tokens takes on a CPU, counted in one forward pass of random tokens."""
+    decoder = student.decoder
+    model: Any = decoder.model
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids_BT = torch.randint(0, vocab, (1, length))
+    inputs = {} if positions_T is None else {"position_ids": positions_T.expand(1, -1)}
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    parts = [part for layer in decoder.layers for part in four_bit_linears(layer)]
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    counted, before = [], student.recomputed
+    trained = trained_layers(student)
+    try:
+        for again in ([], trained):
+            student.recomputed = frozenset(again)
+            seen.clear()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast(
+                "cpu", torch.bfloat16, enabled=compute == torch.bfloat16
+            ):  # fmt: skip
+                hidden = student.states(ids_BT, inputs)
+            counted.append(sum(seen.values()))
+            state = hidden.numel() * hidden.element_size()
+            del hidden
+    finally:
+        student.recomputed = before
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # gradients and Adam's two moments; the loss's slices in float32, a few at a time; a layer's widest weight, decoded
+    head = 6 * 4 * min(SLICE_ELEMENTS["cpu"], length * vocab)
+    fixed = 12 * adapters + head + 2 * max((part.decoded_bytes for part in parts), default=0)
+    # a layer that is computed again holds on to its input; x^(L) and its gradient are there in any case
+    return Saved(counted[0] + 2 * state, counted[1] + (len(trained) + 2) * state, fixed)
 
 
 def _kind(layer: torch.nn.Module) -> Any:

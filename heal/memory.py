@@ -10,9 +10,11 @@ import torch
 
 from layerprune.heal.linear import four_bit_linears
 from layerprune.heal.student import Student
-from layerprune.model.memory import available_memory
+from layerprune.model.errors import Refused
 
 GIB = 1 << 30
+CPU_SLACK = 1.25
+"""Bytes that a process holds for a byte of tensors in a step on the CPU."""
 MOST_CONTEXT = 3 * GIB // 2
 """Bytes that CUDA and its libraries take of a device beside the tensors, at most."""
 
@@ -52,12 +54,45 @@ def apply_plan(student: Student, plan: Memory, trained: Sequence[int], order: Se
             part.decode()
 
 
-def plan_on_cpu(student: Student, sizes: Sequence[int], most: int) -> Memory:
-    """On a CPU: few sequences at once, activations kept, and weights decoded where half of the free memory holds them."""
-    layers = len(student.decoder)
+@dataclass(frozen=True)
+class Saved:
+    """Bytes of a step on the CPU. kept: what a sequence leaves for the backward pass; again: with all trained layers computed
+    again; fixed: what is there besides, whatever the number of sequences."""
+
+    kept: int
+    again: int
+    fixed: int
+
+    def need(self, sequences: int, recomputed: int, trained: int) -> int:
+        """Of a step with the first `recomputed` of the trained layers computed again."""
+        each = (self.kept - self.again) / max(1, trained)
+        # a layer that goes back has its slopes beside what it kept, or keeps what it computes again
+        layers = self.kept - recomputed * each + each * (1 + bool(recomputed))
+        return int(CPU_SLACK * (self.fixed + sequences * layers))
+
+
+def plan_on_cpu(student: Student, sizes: Sequence[int], most: int, room: int, saved: Saved | None = None, held: int = 0) -> Memory:
+    """On a CPU: few sequences at once, activations kept, and weights decoded where half of the free memory holds them.
+
+    room: bytes of RAM that may still be taken. saved: where given, the plan keeps within `room`; what does not fit then is
+    given up in this order: decoded weights, sequences at once, activations. held: bytes that are taken already, for the estimate.
+    Raises Refused where nothing fits.
+    """
+    layers, trained = len(student.decoder), len(trained_layers(student))
     extra = sum(p.decoded_bytes for layer in student.decoder.layers for p in four_bit_linears(layer))
-    decoded = layers if extra < available_memory() // 2 else 0
-    return Memory(max([size for size in sizes if size <= most] or [min(sizes)]), 0, decoded)
+    fitting = sorted([size for size in sizes if size <= most] or [min(sizes)], reverse=True)
+    if saved is None:
+        return Memory(fitting[0], 0, layers if extra < room // 2 else 0)
+    ways = [(size, 0) for size in fitting] + [(fitting[-1], recomputed) for recomputed in range(1, trained + 1)]
+    for size, recomputed in ways:
+        need = saved.need(size, recomputed, trained)
+        if need <= room:
+            decoded = layers if need + extra <= room else 0
+            return Memory(size, recomputed, decoded, estimate=held + need + (extra if decoded else 0))
+    raise Refused(
+        f"healing does not fit in {(held + room) / GIB:.2f} GiB of host memory: the model takes {held / GIB:.2f} GiB, and a step "
+        f"{need / GIB:.2f} more at least: use a smaller --length, a smaller --lora-rank or more --ram"
+    )
 
 
 def context_bytes(device: torch.device) -> int:

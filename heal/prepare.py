@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from layerprune.heal.linear import is_packed, stand_in
+from layerprune.heal.measure import saved_on_cpu
 from layerprune.heal.memory import Memory, apply_plan, plan_on_cpu, trained_layers
 from layerprune.heal.merge import Stored, locate, quantised_linears
 from layerprune.heal.planner import Planner
@@ -19,12 +20,14 @@ from layerprune.heal.settings import Healing, divisors
 from layerprune.heal.student import Student, Teaching, still
 from layerprune.heal.targets import Target, choose_targets, probe_forward, target_pattern
 from layerprune.heal.teacher import Teacher, prove_pair, seam
-from layerprune.heal.world import first_alone, is_sharded, local_device, world_size
+from layerprune.heal.world import first_alone, is_sharded, local_device, local_processes, world_size
 from layerprune.model.cuts import Kept
 from layerprune.model.decoder import Decoder, view_decoder
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import read_json, write_json
+from layerprune.model.memory import host_room
 from layerprune.model.nf4 import compute_dtype, unquantised
+from layerprune.model.passplan import PROCESS_BYTES
 from layerprune.model.progress import progress_bar
 from layerprune.model.source import ModelSource
 from layerprune.model.tensors import read_checkpoint
@@ -189,10 +192,13 @@ def keeps_apart(student: Student, decoder: Decoder) -> bool:
             raise
         except Exception:  # no position ids, or not of this form: then there is nothing to keep them apart with
             return False
-    spread = float(alone.std())
-    # masked tokens weigh exactly nothing; another number of tokens is another order of sums
-    near = 1e-3 if alone.dtype == decoder.model.dtype == torch.float32 else 5e-2
-    return float((first - second).abs().max()) <= 1e-5 * spread and float((first - alone).abs().max()) <= near * spread
+    # masked tokens weigh exactly nothing, to the last bit
+    if not float((first - second).abs().max()) <= 1e-5 * float(alone.std()):
+        return False
+    # another number of tokens is another order of sums, and half precision rounds each of them: 2 % of a state in 8 layers of
+    # random weights, where positions that go on make 38 % and more. The median: single tokens may go to another expert
+    near = 1e-3 if alone.dtype == decoder.model.dtype == torch.float32 else 0.1
+    return float(((first - alone).norm(dim=-1) / alone.norm(dim=-1)).median()) <= near
 
 
 def _some_ids(decoder: Decoder, rows: int, tokens: int) -> torch.Tensor:
@@ -204,7 +210,9 @@ def _autocast(device: str) -> Any:
     return torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=compute_dtype(device) == torch.bfloat16)
 
 
-def plan_memory(made: Prepared, settings: Healing, device: str, budget: int | None, positions: Any, work: Path, say: Say) -> Memory:
+def plan_memory(
+    made: Prepared, settings: Healing, device: str, budget: int | None, ram: int | None, positions: Any, work: Path, say: Say
+) -> Memory:
     """What the user gave, else what this healing was begun with, else the fastest that fits; the student is set up so."""
     world, begun = world_size(), work / "memory.json"
     share = settings.batch_size // world
@@ -214,7 +222,7 @@ def plan_memory(made: Prepared, settings: Healing, device: str, budget: int | No
         raise UsageError(f"{told}: use one of {fits}")
     sizes = divisors(share) if settings.micro_batch is None else [settings.micro_batch]
     student = made.student
-    asked = {"budget": budget, "kernels": settings.kernels}
+    asked = {"budget": budget, "ram": ram, "kernels": settings.kernels}
     if is_sharded():
         return Memory(max([size for size in sizes if size * settings.length <= SHARDED_TOKENS] or [min(sizes)]))
 
@@ -229,7 +237,12 @@ def plan_memory(made: Prepared, settings: Healing, device: str, budget: int | No
             fitting = [size for size in sizes if size * settings.length <= SHARDED_TOKENS] or [min(sizes)]
             plan = Memory(max(fitting), len(trained_layers(student)))
         elif device.startswith("cpu"):
-            plan = plan_on_cpu(student, sizes, _CPU_MICRO_BATCH if settings.micro_batch is None else settings.micro_batch)
+            most = _CPU_MICRO_BATCH if settings.micro_batch is None else settings.micro_batch
+            saved = None if ram is None else saved_on_cpu(student, settings.length, positions, made.compute)
+            model = student.decoder.model
+            held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+            room = host_room(None if ram is None else ram // local_processes(), held)
+            plan = plan_on_cpu(student, sizes, most, room, saved, PROCESS_BYTES + held)
         else:
             planner = Planner(student, settings.length, settings.steps, share, positions, world)
             plan = planner.choose(sizes, budget, say)

@@ -39,6 +39,7 @@ def prove_healed(
     progress: bool = False,
     *,
     compute: torch.dtype | None = None,
+    ram: int | None = None,
 ) -> dict[str, str]:
     """Prove the checkpoint that `merge_adapter` wrote with the same arguments; returns what was proven and how, for people.
 
@@ -47,7 +48,7 @@ def prove_healed(
     adapter's product, worked out again in float64, within one rounding. logits: on the CPU in float32 they are those of
     the source with the adapter put on by peft (for the base "nf4" the source's layers go through NF4 first), within
     `logits_tolerance`, and one step works with the KV cache; skipped, and so said, where the model does not fit in the
-    free memory. Memory: one weight, a few times over; for the logits one model in float32.
+    free memory, or in `ram`. Memory: one weight, a few times over; for the logits one model in float32.
     Raises UsageError as `merge_adapter` does, Refused where one of them does not hold.
     """
     changes = plan_merge(where, base, quantised)
@@ -63,7 +64,7 @@ def prove_healed(
             f"{len(changes) - healed} more are the source's in NF4, and every other is the source's"
         )
     verified = {"structure": "proven: transformers finds every key, and none is left over", "bytes": told}
-    if logits_check_dtype(stored) != "float32":
+    if logits_check_dtype(stored, ram) != "float32":
         return {**verified, "logits": "skipped (in float32 the model does not fit in the free memory)"}
     rounded = [change.module for change in changes.values() if change.rounded]
     # what NF4 decoded to the stored type is written as it is

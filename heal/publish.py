@@ -97,7 +97,7 @@ def _write(job: Job, healing: dict[str, Any], trained: Mapping[str, Any]) -> dic
         seconds = {"train": trained["seconds"], "merge": round(time.perf_counter() - started, 1)}
         healing["verified"] = prove_healed(
             source.folder, folder, work / "adapter", where, job.settings.merge, quantised, job.trust, job.progress,
-            compute=compute,
+            compute=compute, ram=job.ram,
         )  # fmt: skip
         for what, how in healing["verified"].items():
             job.say(f"  {what}: {how}")

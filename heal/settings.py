@@ -8,7 +8,7 @@ from typing import Any
 
 from layerprune.model.config import pick_length
 from layerprune.model.errors import UsageError
-from layerprune.model.recipes import HealSettings, Recipe, load_recipe
+from layerprune.model.recipes import HealSettings, Recipe, load_recipe, section_of
 
 PACKINGS = ("documents", "joined", "truncate")
 BRIDGES = ("map", "projection")
@@ -104,7 +104,7 @@ def heal_settings(
     if tokens is not None and steps is not None:
         raise UsageError(f"--heal-steps {steps} and --heal-tokens {tokens} both say how long to heal: give one of them")
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    base = recipe.heal if recipe is not None else HealSettings()
+    base = section_of(recipe, HealSettings)
     given: dict[str, Any] = {
         "data": data,
         "steps": steps,
@@ -119,8 +119,6 @@ def heal_settings(
     ours = recipe.origin if recipe is not None else "ours"
     origin = {key: ours if value is None else "user" for key, value in given.items()}
     values = {key: getattr(base, key) if value is None else value for key, value in given.items()}
-    if data is None and recipe is not None:
-        values["data"] = recipe.data_path(base.data)
     values["length"] = pick_length(values["length"], config)
     if tokens is not None:
         if tokens < 1:

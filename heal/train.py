@@ -61,6 +61,7 @@ def heal_checkpoint(
     validation_samples: int | None = None,
     kernels: str | None = None,
     memory: str | int | None = None,
+    ram: str | int | None = None,
     report_to: Sequence[str] = (),
     origins: Mapping[str, str] | None = None,
     seed: int = 0,
@@ -82,7 +83,8 @@ def heal_checkpoint(
     length: tokens of a packed sequence. targets: linear layers to train, by default all of the MLP's; `mlp`, `attention` or
     names. tokens: instead of steps. packing, adapters, distil, bridge, merge, validation, kernels: as in `Healing`.
     teacher: the unpruned model, for distil and bridge; by default the one that the cut's record names.
-    memory: bytes of the GPU that may be taken, as a number or as text such as `16GiB`; None for most of what is free.
+    memory: bytes of the GPU that may be taken, as a number or as text such as `16GiB`; None for most of what is free. ram: of the
+    host; on the CPU the plan keeps within it, and the proof of the logits does without them where the model does not fit.
     report_to: what transformers' Trainer reports to besides: tensorboard, wandb, trackio, ... origins: where settings that a
     caller gives came from, if not from the user.
     adapter: folder for the LoRA adapter in peft's format, by default `out`/adapter; the record has its path from `out`.
@@ -126,7 +128,7 @@ def heal_checkpoint(
             shutil.rmtree(work, ignore_errors=True)
         return dict(read_json(out / "layerprune.json")["healing"])
     source = find_model(str(model))
-    budget = byte_count(memory, "--memory")
+    budget, host = byte_count(memory, "--memory"), byte_count(ram, "--ram")
     config = load_config(source.folder, trust_remote_code)
     settings = heal_settings(
         config, recipe or source.recipe, data=data, steps=steps, learning_rate=learning_rate, lora_rank=lora_rank,
@@ -135,7 +137,7 @@ def heal_checkpoint(
         validation=validation, validation_samples=validation_samples, kernels=kernels, origins=origins,
     )  # fmt: skip
     chosen = process_device(pick_device(device))
-    check_device(chosen)
+    check_device(chosen, budget)
     check_world(settings.batch_size, chosen)
     if settings.kernels is not None:
         check_kernels(config, chosen)
@@ -153,7 +155,7 @@ def heal_checkpoint(
         refuse_fused(source, settings, trust_remote_code)
     job = Job(
         source, stored, settings, pair, work, out, None if adapter is None else Path(adapter).absolute(), chosen,
-        device in (None, "auto") and world_size() == 1, budget, tuple(report_to), trust_remote_code, say, progress,
+        device in (None, "auto") and world_size() == 1, budget, host, tuple(report_to), trust_remote_code, say, progress,
     )  # fmt: skip
     if settings.steps == 0:
         bridged = job.bridge_only()

@@ -97,10 +97,7 @@ def train(
             with quiet_warnings():
                 trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
         except torch.cuda.OutOfMemoryError as error:
-            raise Refused(
-                f"the GPU's memory ran out with {micro_batch} sequences of {settings.length} tokens at once: use a smaller "
-                f"--micro-batch, --memory or --length; the last saved state stays in {work}"
-            ) from error
+            raise Refused(_ran_out(work, micro_batch, settings.length)) from error
         finally:
             if watch.bar is not None:
                 watch.bar.close()
@@ -117,6 +114,16 @@ def train(
         "processes": world,
         "peak": watch.peak,
     }
+
+
+def _ran_out(work: Path, micro_batch: int, length: int) -> str:
+    """What to do when the GPU's memory ran out; a started healing goes on with the same --length only."""
+    told = f"the GPU's memory ran out with {micro_batch} sequences of {length} tokens at once"
+    saved = newest_checkpoint(work, remove=False)
+    if saved is None:
+        return f"{told}: use a smaller --micro-batch, --memory or --length; no step was saved yet"
+    step = saved.name.rpartition("-")[2]
+    return f"{told}: give the same command with a smaller --micro-batch or --memory, it goes on from step {step} in {work}"
 
 
 def _arguments(

@@ -17,6 +17,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_processes() -> int:
+    """Processes of this healing on this machine, which share its memory."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if world_size() > 1 else 1
+
+
 def rank() -> int:
     """The number of this process among all, from 0."""
     return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0

@@ -258,7 +258,7 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 )  # fmt: skip
 @click.option("--nf4-copy", is_flag=True, help="Write the result once more in NF4, to OUT-nf4.")
 @click.option("--report-to", metavar="A,B", help="Reports beside the terminal's: tensorboard, wandb, trackio.")
-@with_options(SEED, DEVICE, TRUST, out_folder("runs/<model>-healed"), JSON, VERBOSE)
+@with_options(_ram, SEED, DEVICE, TRUST, out_folder("runs/<model>-healed"), JSON, VERBOSE)
 def heal(heal_data: str | None, out: str | None, as_json: bool, targets: str | None, report_to: str | None, **options: Any) -> None:
     """Train a cut checkpoint back (QLoRA on the MLPs) and merge the adapter into it.
 

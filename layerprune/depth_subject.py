@@ -9,6 +9,7 @@ from typing import Any
 
 from layerprune.model.data import data_fingerprint
 from layerprune.model.fingerprint import folder_fingerprint
+from layerprune.model.recipes import HealSettings, section_of
 from layerprune.model.source import ModelSource
 from layerprune.runfolder import RunFolder
 from layerprune.stages import Say
@@ -28,7 +29,7 @@ class Subject:
     def lens_data(self) -> str:
         """What a lens is trained on: the recipe's data for healing, else the data that is probed."""
         recipe = self.source.recipe
-        return self.data if recipe is None else recipe.data_path(recipe.heal.data)
+        return self.data if recipe is None else section_of(recipe, HealSettings).data
 
 
 @dataclass(frozen=True)

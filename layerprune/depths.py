@@ -15,7 +15,7 @@ from layerprune.model.errors import UsageError
 from layerprune.model.files import read_json
 from layerprune.model.fingerprint import checkpoint_fingerprint, tokenizer_fingerprint
 from layerprune.model.load import pick_device, pick_dtype
-from layerprune.model.recipes import EvalSettings
+from layerprune.model.recipes import EvalSettings, section_of
 from layerprune.model.source import find_model
 from layerprune.runfolder import open_run
 from layerprune.stages import Say, to_stderr
@@ -211,12 +211,10 @@ def _subjects(given: Sequence[str | Path], data: str | None, length: int | None,
     for name in given:
         source = find_model(str(name))
         config = load_config(source.folder, trust)
-        base = source.recipe.eval if source.recipe else EvalSettings()
-        own = source.recipe.data_path(base.data) if source.recipe else base.data
         labels = [s.label for s in found]
         label = source.label if source.label not in labels else f"{source.label}-{len(found) + 1}"
         tokens = pick_length(min(DEFAULT_LENGTH, pick_length(None, config)) if length is None else length, config)
-        found.append(Subject(source, label, layer_count(config), data or own, tokens))
+        found.append(Subject(source, label, layer_count(config), data or section_of(source.recipe, EvalSettings).data, tokens))
     return found
 
 

@@ -15,7 +15,7 @@ from layerprune.model.files import must_have_room
 from layerprune.model.fingerprint import checkpoint_fingerprint, folder_fingerprint, tokenizer_fingerprint
 from layerprune.model.load import pick_device, pick_dtype
 from layerprune.model.memory import byte_count
-from layerprune.model.recipes import EvalSettings, HealSettings, Recipe
+from layerprune.model.recipes import EvalSettings, HealSettings, Recipe, section_of
 from layerprune.model.source import ModelSource, find_model
 from layerprune.model.tensors import read_checkpoint
 
@@ -165,7 +165,7 @@ def set_up(
     """Resolve and check settings; nothing is loaded. What is None comes from the recipe, else from the defaults.
 
     memory, ram: of the GPU and of the host, as text such as `8GiB` or in bytes; a model that does not fit in them (by default:
-    in what is free) is ranked and measured layer by layer from its files, and healing plans for `memory`. heal: whether there
+    in what is free) is ranked and measured layer by layer from its files, and healing plans for them. heal: whether there
     will be healing, whose data and device are checked then. heal_with: other settings of `heal_checkpoint`, as a mapping or
     as `key=value` texts. Raises UsageError and Refused.
     """
@@ -183,11 +183,13 @@ def set_up(
         raise UsageError("--memory is the GPU's, and the model runs on the CPU: use --ram for the host's memory")
     if gpu is not None and heal:
         more.setdefault("memory", str(memory) if isinstance(memory, str) else gpu)
+    if host is not None and heal:
+        more.setdefault("ram", str(ram) if isinstance(ram, str) else host)
     config = load_config(source.folder, trust_remote_code)
     recipe = source.recipe
-    base = recipe.eval if recipe else EvalSettings()
+    base = section_of(recipe, EvalSettings)
     evaluation = EvalSettings(
-        data=eval_data or (recipe.data_path(base.data) if recipe else base.data),
+        data=eval_data or base.data,
         samples=samples or base.samples,
         length=base.length if length is None else length,
         limit=limit or base.limit,
@@ -197,8 +199,7 @@ def set_up(
     pick_length(evaluation.length, config)
     healing = None
     if heal:
-        healing = recipe.heal if recipe else HealSettings()
-        own = recipe.data_path(healing.data) if recipe else healing.data
+        healing = section_of(recipe, HealSettings)
         if heal_tokens is not None:
             if heal_steps is not None:
                 raise UsageError("--heal-steps and --heal-tokens both say how long to heal: give one of them")
@@ -210,7 +211,7 @@ def set_up(
             changed["targets"] = tuple(more["targets"])
         healing = replace(
             healing,
-            data=heal_data or own,
+            data=heal_data or healing.data,
             steps=healing.steps if heal_steps is None else heal_steps,
             length=healing.length if length is None else length,
             **changed,
@@ -245,14 +246,19 @@ def set_up(
     )
 
 
+def _amount(text: str) -> str | int:
+    """Memory as text with its unit, or as bytes where it was handed on as a number."""
+    return int(text) if text.isdigit() and len(text) > 6 else text
+
+
 _HEAL_WITH: dict[str, Callable[[str], Any]] = {
     "learning_rate": float, "lora_rank": int, "dropout": float, "warmup_steps": int, "batch_size": int, "micro_batch": int,
     "targets": lambda text: text.split("+"), "packing": str, "adapters": str, "distil": float, "bridge": str, "merge": str,
-    "memory": str, "report_to": lambda text: text.split("+"), "teacher": str, "validation": str, "validation_samples": int,
-    "kernels": str,
+    "memory": _amount, "ram": _amount, "report_to": lambda text: text.split("+"), "teacher": str, "validation": str,
+    "validation_samples": int, "kernels": str,
 }  # fmt: skip
 """Settings of healing that a run takes beside those with options of their own; several names are joined by `+`."""
-_NOT_DECIDING = ("memory", "micro_batch", "report_to", "kernels")
+_NOT_DECIDING = ("memory", "ram", "micro_batch", "report_to", "kernels")
 
 
 def heal_settings_from(given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

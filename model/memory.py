@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from layerprune.model.errors import Refused, UsageError, one_line
+from layerprune.model.passplan import PROCESS_BYTES
 
 Row = TypeVar("Row")
 
@@ -24,6 +25,15 @@ def available_memory() -> int:
             first / "memory.limit_in_bytes", first / "memory.usage_in_bytes", first / "memory.stat", "total_inactive_file"
         ),
     ))  # fmt: skip
+
+
+def host_room(ram: int | None, held: int = 0) -> int:
+    """Bytes of RAM that this process may still take: what is free, and where `ram` is given no more than that in all.
+
+    held: bytes of it that are in use, beside those of the process itself.
+    """
+    free = available_memory()
+    return free if ram is None else max(0, min(free, ram - PROCESS_BYTES - held))
 
 
 def byte_count(given: str | int | None, option: str) -> int | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -92,6 +92,17 @@ class Recipe:
     @property
     def tasks_path(self) -> Path | None:
         return None if self.task_folder is None else Path(self.data_path(self.task_folder))
+
+
+Section = TypeVar("Section", RankSettings, HealSettings, EvalSettings)
+
+
+def section_of(recipe: Recipe | None, kind: type[Section]) -> Section:
+    """A step's settings as `kind`: the recipe's, with data as a path from here; the defaults where there is no recipe."""
+    if recipe is None:
+        return kind()
+    found = next(part for part in (recipe.rank, recipe.heal, recipe.eval) if isinstance(part, kind))
+    return replace(found, data=recipe.data_path(found.data))
 
 
 def recipe_names() -> list[str]:

@@ -15,7 +15,7 @@ from layerprune.model.decoder import Decoder, forward_logits, view_decoder, virt
 from layerprune.model.errors import Refused, model_errors, one_line
 from layerprune.model.likeness import prove_config
 from layerprune.model.load import check_keys, load_model, quiet_transformers
-from layerprune.model.memory import available_memory
+from layerprune.model.memory import host_room
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
 _CHUNK = 8 << 20
@@ -98,9 +98,9 @@ def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
     return True
 
 
-def logits_check_dtype(source: Mapping[str, StoredTensor]) -> str | None:
-    """The dtype in which a checkpoint fits in 60 % of the free memory: float32, else its own, else None."""
-    free = 0.6 * available_memory()
+def logits_check_dtype(source: Mapping[str, StoredTensor], ram: int | None = None) -> str | None:
+    """The dtype in which a checkpoint fits in 60 % of the memory that `host_room` gives: float32, else its own, else None."""
+    free = 0.6 * host_room(ram)
     if 4 * sum(t.numel for t in source.values()) < free:
         return "float32"
     own = {t.dtype for t in source.values()}

@@ -218,13 +218,12 @@ def rank_blocks(
 
 def rank_settings(source: Any, data: str | None, samples: int | None, length: int | None) -> dict[str, Any]:
     """The data settings of a ranking: what the user gave, else the recipe's, else the defaults."""
-    from layerprune.model.recipes import RankSettings
+    from layerprune.model.recipes import RankSettings, section_of
 
-    base = source.recipe.rank if source.recipe else RankSettings()
+    base = section_of(source.recipe, RankSettings)
     if samples is not None and samples < 1:
         raise UsageError(f"--samples {samples} is not a number above 0")
-    default = source.recipe.data_path(base.data) if source.recipe else base.data
-    return {"data": data or default, "samples": samples or base.samples, "length": base.length if length is None else length}
+    return {"data": data or base.data, "samples": samples or base.samples, "length": base.length if length is None else length}
 
 
 def rank_live(

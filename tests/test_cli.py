@@ -44,7 +44,7 @@ FLAGS = {
     | {"--drop", "--layers", "--strategy", "--ranking", "--calibration", "--dry-run", "--verify", "--no-verify"},
     "heal": COMMON
     | {"--heal-data", "--heal-steps", "--heal-tokens", "--learning-rate", "--lora-rank", "--dropout", "--warmup-steps"}
-    | {"--batch-size", "--micro-batch", "--memory", "--targets", "--adapters", "--distil", "--bridge", "--teacher"}
+    | {"--batch-size", "--micro-batch", "--memory", "--ram", "--targets", "--adapters", "--distil", "--bridge", "--teacher"}
     | {"--packing", "--validation", "--merge", "--nf4-copy", "--report-to", "--kernels"},
     "eval": COMMON | DATA | TASKS | MEMORY | {"--eval-data", "--no-loss"},
     "depth": COMMON

@@ -440,6 +440,31 @@ def test_a_loss_that_is_no_number_is_refused_with_the_good_state_kept(
     assert last is not None and last.name == "checkpoint-4"
 
 
+def test_where_memory_runs_out_a_smaller_micro_batch_goes_on(base: Path, data: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(watch, "SAVE_SECONDS", 0.0)
+    step = trainer.Trainer.training_step
+    full = 0
+
+    def short(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= full and len(inputs["input_ids"]) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", short)
+    said: list[str] = []
+    given = {"data": data, "report": said.append, **SMALL}
+    with pytest.raises(
+        Refused, match="ran out with 4 sequences of 32 tokens at once: use a smaller .* --length; no step was saved"
+    ):
+        heal_checkpoint(base, tmp_path / "model", **given)
+    assert not (tmp_path / ".model.work").exists()
+    full = 3
+    with pytest.raises(Refused, match=f"smaller --micro-batch or --memory, it goes on from step 3 in {tmp_path}/.model.work$"):
+        heal_checkpoint(base, tmp_path / "model", **given)
+    assert heal_checkpoint(base, tmp_path / "model", micro_batch=2, **given)["steps"] == 12
+    assert "going on from step 3 of 12" in said
+
+
 def test_what_cannot_be_healed_is_refused_before_training(
     base: Path, data: str, tmp_path: Path, build_llama: Callable[..., Path]
 ) -> None:
@@ -538,6 +563,8 @@ def test_healing_again_keeps_the_first_record(base: Path, data: str, healed: tup
         ({"teacher": "demo"}, "--teacher demo is for --distil or --bridge"),
         ({"distil": 1.0, "bridge": "map"}, "--distil and --bridge cannot be combined"),
         ({"memory": "much"}, "--memory much is no amount of memory"),
+        ({"ram": "much"}, "--ram much is no amount of memory"),
+        ({"memory": "8GiB"}, "--memory is the GPU's, and this healing runs on the CPU: use --ram"),
         ({"tokens": 100}, "--heal-steps 12 and --heal-tokens 100 both say"),
     ],
 )

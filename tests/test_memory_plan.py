@@ -20,7 +20,17 @@ from torch import nn
 from layerprune.heal import memory
 from layerprune.heal import planner as planning
 from layerprune.heal.measure import Layer, Measured
-from layerprune.heal.memory import GIB, MOST_CONTEXT, Memory, apply_plan, context_bytes, plan_on_cpu, trained_layers
+from layerprune.heal.memory import (
+    CPU_SLACK,
+    GIB,
+    MOST_CONTEXT,
+    Memory,
+    Saved,
+    apply_plan,
+    context_bytes,
+    plan_on_cpu,
+    trained_layers,
+)
 from layerprune.heal.planner import HEADROOM, SLACK, Planner
 from layerprune.heal.student import Teaching
 from layerprune.model.errors import Refused
@@ -374,12 +384,35 @@ def test_a_plan_is_applied_to_the_first_layers_of_its_order() -> None:
     assert student.decoder.layers[1].part.packed_bytes == 0, "decoded once, decoded for good"
 
 
-def test_a_cpu_keeps_all_and_decodes_where_half_of_the_memory_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_keeps_all_and_decodes_where_half_of_the_memory_holds_it() -> None:
     student = student_of()
     for free, decoded in ((2 * 4 * DECODED + 2, 4), (2 * 4 * DECODED, 0)):
-        monkeypatch.setattr(memory, "available_memory", lambda free=free: free)
-        assert plan_on_cpu(student, [1, 2, 3, 6], 4) == Memory(3, 0, decoded)
-    assert plan_on_cpu(student, [8, 16], 4).micro_batch == 8, "the smallest, where all are too large"
+        assert plan_on_cpu(student, [1, 2, 3, 6], 4, free) == Memory(3, 0, decoded)
+    assert plan_on_cpu(student, [8, 16], 4, 0).micro_batch == 8, "the smallest, where all are too large"
+
+
+def test_within_a_limit_of_host_memory_the_mildest_plan_that_fits_is_taken() -> None:
+    saved = Saved(kept=4000, again=400, fixed=1000)
+    student, held = student_of(), 50_000
+    assert saved.need(3, 0, 4) == int(CPU_SLACK * (1000 + 3 * (4000 + 900))), "a layer's slopes come beside what is kept"
+    assert saved.need(1, 4, 4) == int(CPU_SLACK * (1000 + 400 + 2 * 900)), "and beside what is computed again"
+    decoding = 4 * DECODED
+    ways = [(3, 0, 4), (3, 0, 0), (2, 0, 4), (2, 0, 0), (1, 0, 4), (1, 0, 0), (1, 2, 0), (1, 3, 0), (1, 4, 0)]
+    found = []
+    for room in range(30_000, 0, -1):
+        try:
+            plan = plan_on_cpu(student, [1, 2, 3, 6], 4, room, saved, held)
+        except Refused as refusal:
+            assert "use a smaller --length, a smaller --lora-rank or more --ram" in str(refusal)
+            assert room == min(saved.need(1, r, 4) for r in range(5)) - 1
+            break
+        took = saved.need(plan.micro_batch, plan.recomputed, 4) + (decoding if plan.decoded else 0)
+        assert took <= room and plan.estimate == held + took
+        way = plan.micro_batch, plan.recomputed, plan.decoded
+        found += [] if way in found else [way]
+    assert found == [way for way in ways if way in found] and {(3, 0, 4), (3, 0, 0), (1, 0, 0), (1, 4, 0)} <= set(found)
+    assert plan_on_cpu(student, [2], 2, saved.need(2, 1, 4) - 1, saved).micro_batch == 2, "a size that was given stays"
+    assert plan_on_cpu(student, [2], 2, saved.need(2, 1, 4) - 1, saved).recomputed == 2
 
 
 def test_a_plan_is_recorded_whole() -> None:

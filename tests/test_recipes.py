@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from layerprune.model.recipes import (
     RECIPES,
     EvalSettings,
     HealSettings,
+    RankSettings,
     Recipe,
     Shape,
     load_recipe,
     read_recipe,
     recipe_names,
+    section_of,
 )
 
 # arXiv 2403.17887, App. A.1: Hub id, layers, healing length, million tokens, peak learning rate, LoRA rank,
@@ -398,3 +401,14 @@ def test_estimates_import_no_torch() -> None:
     )
     root = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_a_steps_data_is_a_path_from_here() -> None:
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        for kind, own in ((RankSettings, recipe.rank), (HealSettings, recipe.heal), (EvalSettings, recipe.eval)):
+            found = section_of(recipe, kind)
+            expected = str(RECIPES / own.data[2:]) if own.data.startswith("./") else own.data
+            assert found == replace(own, data=found.data) and Path(found.data) == Path(expected), (name, kind)
+            assert section_of(None, kind) == kind()
+    assert Path(section_of(load_recipe("demo"), HealSettings).data).is_file()

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from layerprune.heal import fused, prepare
 from layerprune.heal.fused import IGNORED, Pieces, next_token_loss
 from layerprune.heal.linear import four_bit_linears, lora_linears
+from layerprune.heal.measure import saved_on_cpu
 from layerprune.heal.prepare import Prepared, keeps_apart
 from layerprune.heal.settings import heal_settings
 from layerprune.heal.student import Student, Teaching
@@ -93,6 +94,40 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """On every CPU, with bfloat16 instructions or without."""
     monkeypatch.setattr(prepare, "compute_dtype", lambda device: torch.float32)
+
+
+def test_what_a_sequence_leaves_for_the_way_back_is_counted(built: Callable[[str], Path]) -> None:
+    """Storages that the graph of a pass holds, each once: against those that are alive after it, weights aside."""
+    made = made_ready(built("llama"))
+    model: Any = made.student.decoder.model
+    found = {}
+    with made.student.installed():
+        for length in (16, 32, 64):
+            found[length] = saved_on_cpu(made.student, length, None, torch.float32)
+            assert 0 < found[length].again < found[length].kept
+            ids_BT = torch.randint(0, 50, (1, length))
+            hidden = made.student.states(ids_BT, {})
+            own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+            held, seen, open_nodes = {}, set(), [hidden.grad_fn]
+            while open_nodes:
+                node = open_nodes.pop()
+                if node is None or node in seen:
+                    continue
+                seen.add(node)
+                open_nodes += [above for above, _ in node.next_functions]
+                named = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+                named += list(getattr(node, "saved_tensors", ()))
+                for tensor in (t for one in named for t in (one if isinstance(one, tuple | list) else [one])):
+                    if isinstance(tensor, torch.Tensor):
+                        storage = tensor.untyped_storage()
+                        if storage.data_ptr() not in own:
+                            held[storage.data_ptr()] = storage.nbytes()
+            state = hidden.numel() * hidden.element_size()
+            assert found[length].kept == pytest.approx(sum(held.values()) + 2 * state, rel=2e-3)
+            del hidden, node, seen, open_nodes, named
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert all(one.fixed > 12 * adapters for one in found.values())
+    assert made.student.recomputed == frozenset()
 
 
 def made_ready(folder: Path, kind: str = "llama", teacher: Path | None = None, **options: Any) -> Prepared:
@@ -489,6 +524,31 @@ def test_positions_that_restart_keep_documents_apart(kind: str, attention: str, 
     with made.student.installed():
         assert keeps_apart(made.student, made.student.decoder)
     assert made.separate and apart_by_own_loss(made)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_rounding_is_not_taken_for_documents_that_see_one_another(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, in many layers that double what is rounded, and with states a thousand times as large in one feature."""
+    monkeypatch.setattr(prepare, "compute_dtype", lambda device: torch.bfloat16)
+    model_type, settings = KINDS[kind]
+    deep = {"num_hidden_layers": 12, "initializer_range": 0.3} if kind == "llama" else {"n_layer": 12, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    config = families.make_config(families.Family(model_type, {**settings, **deep}))
+    model = auto_class(config).from_config(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 3] += 30.0
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path / "deep")
+    made = made_ready(tmp_path / "deep", kind)
+    ids_BT = torch.randint(0, 50, (1, 16), generator=torch.Generator().manual_seed(5))
+    positions = {"position_ids": torch.arange(16).remainder(8).unsqueeze(0)}
+    with torch.no_grad(), made.student.installed():
+        made.live.eval()
+        both, alone = made.student.states(ids_BT, positions)[:, 8:].float(), made.student.states(ids_BT[:, 8:], {}).float()
+        assert (both - alone).abs().max() > 0.05 * alone.std(), "there is something to be mistaken"
+    assert made.separate
 
 
 @pytest.mark.parametrize("kind", KINDS)
