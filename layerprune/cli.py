@@ -251,6 +251,7 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 @click.option("--validation", metavar="FILE|c4", help="Documents for the loss during training  [C4's, or held out of the data].")
 @click.option("--merge", type=click.Choice(["weights", "nf4"]), help="Into the checkpoint's weights, or those trained  [weights].")
 @click.option("--memory", metavar="SIZE", help="GPU memory to plan for, such as 16GiB  [most of what is free].")
+@_options(_ram)
 @click.option("--micro-batch", type=int, metavar="B", help="Sequences in memory at once  [chosen].")
 @click.option(
     "--kernels", type=click.Choice(["liger", "none"]),
@@ -258,7 +259,7 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 )  # fmt: skip
 @click.option("--nf4-copy", is_flag=True, help="Write the result once more in NF4, to OUT-nf4.")
 @click.option("--report-to", metavar="A,B", help="Reports beside the terminal's: tensorboard, wandb, trackio.")
-@with_options(_ram, SEED, DEVICE, TRUST, out_folder("runs/<model>-healed"), JSON, VERBOSE)
+@with_options(SEED, DEVICE, TRUST, out_folder("runs/<model>-healed"), JSON, VERBOSE)
 def heal(heal_data: str | None, out: str | None, as_json: bool, targets: str | None, report_to: str | None, **options: Any) -> None:
     """Train a cut checkpoint back (QLoRA on the MLPs) and merge the adapter into it.
 
