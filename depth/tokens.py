@@ -11,6 +11,7 @@ import torch
 from layerprune.depth.lens import slices, token_budget
 from layerprune.model.data import TokenBatch, batches
 from layerprune.model.decoder import Decoder
+from layerprune.model.errors import Refused
 from layerprune.model.layerwise import Layerwise
 from layerprune.model.memory import in_halves
 
@@ -118,7 +119,7 @@ def tokens_probe(
     """First choices by frequency, their flips, and when the final token is decided, by the logit lens over all real tokens.
 
     buckets_V: from `count_buckets`, by default counted in `sequences`. The decoder must be one that the layerwise pass serves
-    exactly. Raises Refused where one document does not fit.
+    exactly. Raises Refused for logits that are no numbers, and where one document does not fit.
     """
     layerwise = Layerwise(decoder)
     total = TokensSum(len(decoder))
@@ -142,11 +143,14 @@ def _one_batch(layerwise: Layerwise, batch: TokenBatch, buckets_V: torch.Tensor)
     found = TokensSum(len(layerwise))
     for part in slices(layerwise, batch):
         final_N = part.final_NV.argmax(1)
-        tops, ranks = [], []
+        tops, ranks, broken = [], [], part.final_NV.isnan().any()
         for lens_NV in part.lenses():
             tops.append(lens_NV.argmax(1))
             own_N1 = lens_NV.gather(1, final_N.to(lens_NV.device).unsqueeze(1))
             ranks.append(1 + (lens_NV > own_N1).sum(1))
+            broken = broken | own_N1.isnan().any()
+        if broken:
+            raise Refused("the logits are not a number: the weights are broken or overflow in this dtype (try --dtype float32)")
         top_LN, rank_LN = torch.stack(tops).cpu(), torch.stack(ranks).cpu()
         found.update(top_LN, rank_LN, final_N.cpu(), buckets_V)
     return found

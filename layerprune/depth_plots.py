@@ -88,7 +88,7 @@ def plot_tokens(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> 
 
 def plot_choices(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
     """Draw choices.json of one or several models, a panel a task and model: options listed, chosen, right; returns the files."""
-    panels = [(model, task, found) for model, tasks in values.items() for task, found in tasks.items()]
+    panels = [(model, task, found) for model, tasks in values.items() for task, found in tasks.items() if task != "asked"]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     lines = {"listed": "all options among the first", "mass": "probability of the options", "chosen": "the model's choice",
