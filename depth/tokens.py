@@ -42,6 +42,19 @@ def count_buckets(sequences: Iterable[Sequence[int]], vocab: int) -> torch.Tenso
     return buckets_V
 
 
+def add_crossings(rank_LN: torch.Tensor, group_N: torch.Tensor, first_GK: torch.Tensor, last_GK: torch.Tensor) -> None:
+    """Add, by the tokens' groups, the first layer at which a token has rank k or better, and the first from which it keeps it.
+
+    rank_LN: ranks by layer, 1 is first; a token that never has it, or has not kept it before the end, counts as L.
+    """
+    layers = len(rank_LN)
+    layer_L1 = torch.arange(layers).unsqueeze(1)
+    for k, rank in enumerate(RANKS):
+        reached_LN = rank_LN <= rank
+        first_GK[:, k].index_add_(0, group_N, torch.where(reached_LN, layer_L1, layers).amin(0))
+        last_GK[:, k].index_add_(0, group_N, torch.where(reached_LN, -1, layer_L1).amax(0) + 1)
+
+
 class TokensSum:
     """Accumulates over real tokens, G buckets of tokens by frequency and K ranks:
 
@@ -73,13 +86,7 @@ class TokensSum:
             self.said_LG[layer] += torch.bincount(said_LN[layer], minlength=groups)
             self.flipped_LG[layer] += torch.bincount(said_LN[layer][flipped_LN[layer]], minlength=groups)
         self.said_G += torch.bincount(own_N, minlength=groups)
-        depth_L1 = torch.arange(self.layers).unsqueeze(1)
-        for k, rank in enumerate(RANKS):
-            reached_LN = rank_LN <= rank
-            first_N = torch.where(reached_LN, depth_L1, self.layers).amin(0)
-            last_N = torch.where(reached_LN, -1, depth_L1).amax(0) + 1
-            self.first_GK[:, k].index_add_(0, own_N, first_N)
-            self.last_GK[:, k].index_add_(0, own_N, last_N)
+        add_crossings(rank_LN, own_N, self.first_GK, self.last_GK)
 
     def merge(self, other: TokensSum) -> None:
         for name in ("said_LG", "flipped_LG", "said_G", "first_GK", "last_GK"):

@@ -28,7 +28,7 @@ from layerprune.model.files import locked, made_folder
 from layerprune.model.layerwise import Layerwise
 from layerprune.model.memory import in_halves
 from layerprune.model.tail import Tail, frozen
-from layerprune.model.tree import exact_branches
+from layerprune.model.tree import must_run_layer_by_layer
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3}
 MOMENTUM = 0.9
@@ -327,14 +327,10 @@ def chunks(documents: Sequence[Sequence[int]], length: int, separator: int | Non
 
 def lens_width(decoder: Decoder) -> int:
     """D of the states x^(l). Refused for a model whose states or whose end a lens cannot read."""
-    kind, every = type(decoder.model).__name__, tuple(range(len(decoder)))
-    exact, broken = exact_branches(decoder, [every], vocab_size(decoder.model.config))
-    if broken:
-        raise Refused(f"this {kind} cannot be run: {broken[every]}")
-    if not exact:
-        raise Refused(f"this {kind} does more between its layers than hand states on: no lens can be read off its layers")
+    must_run_layer_by_layer(decoder, "no lens can be read off its layers")
     hidden = Layerwise(decoder).begin(torch.ones((1, 2), dtype=torch.long)).start().hidden
     if hidden.dim() != 3:
+        kind = type(decoder.model).__name__
         raise Refused(f"this {kind} carries several streams of states: a lens of one map a layer is not defined for it")
     return hidden.shape[-1]
 
