@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from layerprune.depth.lens import TOP, LensSum
+from layerprune.depth.lens import LensSum, comparison, final_of
 from layerprune.depth.tuned_file import TunedLens, write_tensors
 from layerprune.model.config import vocab_size
 from layerprune.model.data import TokenBatch, batches, check_seed, check_token_id
@@ -292,17 +292,12 @@ def evaluate_lens(
 @torch.no_grad()
 def _compare(tail: Tail, lens: TunedLens | None, states: list[torch.Tensor]) -> torch.Tensor:
     """The sums (4, L) that `LensSum` takes, of one slice."""
-    final_SV = _log_probabilities(tail, states[-1])
-    top_SK = final_SV.topk(TOP).indices
+    final_SV = _logits(tail, states[-1])
+    compare, final = comparison(final_SV.device.type), final_of(final_SV)
     sums = []
     for layer in range(len(states) - 1):
-        lens_SV = _log_probabilities(tail, states[layer] if lens is None else lens(layer, states[lens.state(layer)]))
-        own_SK = lens_SV.topk(TOP).indices
-        apart_SV = lens_SV - final_SV
-        kl = (lens_SV.exp() * apart_SV).sum(dtype=torch.float64)
-        kl_final = -(final_SV.exp() * apart_SV).sum(dtype=torch.float64)
-        overlap = (own_SK[:, :, None] == top_SK[:, None, :]).sum(dtype=torch.float64) / TOP
-        sums.append(torch.stack([kl, kl_final, overlap, (own_SK[:, 0] == top_SK[:, 0]).sum(dtype=torch.float64)]))
+        hidden_SD = states[layer] if lens is None else lens(layer, states[lens.state(layer)])
+        sums.append(compare(_logits(tail, hidden_SD), *final))
     return torch.stack(sums, dim=1)
 
 

@@ -223,7 +223,7 @@ def test_ranks_tell_the_overlap_that_a_top_5_tells() -> None:
     generator = torch.Generator().manual_seed(5)
     ends, own = torch.randn(2, 40, 60, generator=generator)
     for final_NV, lens_NV in ((ends, own), (ends, ends + own / 5), (ends.round(), own.round()), (ends.round(), ends.round())):
-        _, most_N1, size_N1, _ = lens._final(final_NV)
+        _, most_N1, size_N1, _ = lens.final_of(final_NV)
         order_NV, own_NV = (torch.sort(x, dim=1, descending=True, stable=True).indices for x in (final_NV, lens_NV))
         found = lens._by_rank(lens_NV, final_NV, most_N1, size_N1, order_NV[:, :5])
         same = [len(set(a[:5]) & set(b[:5])) / 5 for a, b in zip(order_NV.tolist(), own_NV.tolist(), strict=True)]
@@ -232,7 +232,7 @@ def test_ranks_tell_the_overlap_that_a_top_5_tells() -> None:
         expected = [float((p.exp() * (p - q)).sum()), float((q.exp() * (q - p)).sum())]
         assert found[:2].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-5)
         if final_NV is ends:  # without equal logits both ways are one
-            final = lens._final(final_NV)
+            final = lens.final_of(final_NV)
             assert torch.equal(lens._by_top(lens_NV, *final), lens._by_rank(lens_NV, *final))
 
 
