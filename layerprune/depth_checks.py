@@ -9,17 +9,17 @@ from typing import Any
 from layerprune.model.errors import UsageError
 
 PROBES = {
-    "residual": "cosine and relative size of what attention, MLP and layer add to the residual stream",
-    "lens": "logit lens: divergence from the final prediction, and overlap of the top 5",
-    "tokens": "first choices by frequency and their flips, and when a token is decided",
-    "choices": "multiple choice in two stages: when options are listed, when one is chosen (with tasks only)",
-    "skip": "what skipping a layer does to later layers and to the output (about 2.5 L passes over the data)",
-    "prunability": "angular distance, skip effect, lens and the loss of cuts on one axis (about 0.7 L passes over the data)",
-    "erasure": "until which layer each token of one prompt matters to its answer (half a pass for each layer and token)",
-    "gradients": "at which layer and token an answer's probability arises (16 L passes of one prompt and back, or more)",
-    "words": "when words are decided, by part of speech (needs spaCy: the extra `words`)",
-    "answers": "when each token of short answers is decided, by its place (with --answers only)",
-    "tuned": "a tuned lens beside the logit lens (with --lens or --train-lens only)",
+    "residual": "what attention, MLP and layer add to the stream: its direction and its size; 1 pass over the documents",
+    "lens": "what the model would say if it ended at each layer, beside what it says in the end; 1 pass, and the head L times",
+    "tokens": "frequent and rare tokens: which of them the lens says first, and when a token is decided; as lens",
+    "choices": "multiple choice: when options are listed and when one is chosen; with --tasks",
+    "skip": "what skipping a layer does to later layers and to the output; about 2.5 L passes",
+    "prunability": "angle, skip effect, lens and the loss of cuts beside one another; about 0.7 L passes",
+    "erasure": "until which layer each token of a prompt matters to its answer; half a pass of it for each layer and token",
+    "gradients": "at which layer and token an answer's probability arises; 16 L passes of a prompt and back, or more",
+    "words": "when words are decided, by part of speech; needs spaCy, pip install 'layerprune[words]'",
+    "answers": "when each token of short answers is decided, by its place; with --answers",
+    "tuned": "a tuned lens beside the logit lens; with --lens or --train-lens",
 }
 DEFAULT = ("residual", "lens", "tokens")
 

@@ -18,8 +18,8 @@ _HOLDS = {
     "prunability": ("angle", "skip", "kl", "whole", "cuts"),
     "erasure": ("tokens", "answer_tokens", "from_data", "max"),
     "gradients": ("tokens", "answer_tokens", "from_data", "map", "probability", "worst", "points", "tolerance"),
-    "words": ("groups", "ranks", "layers", "predicted", "decided", "kept"),
-    "answers": ("groups", "ranks", "layers", "predicted", "decided", "kept"),
+    "words": ("groups", "ranks", "layers", "marked", "predicted", "decided", "kept"),
+    "answers": ("groups", "ranks", "layers", "marked", "predicted", "decided", "kept"),
     "tuned": ("tuned", "logit", "training"),
 }
 

@@ -164,6 +164,10 @@ def _notes(probes: Mapping[str, Any]) -> list[str]:
             f"gradients: probability of the answer's tokens, summed, {own['probability']:.3g}; sums miss the change by at most "
             f"{own['worst']:.2g} ({min(own['points'])} to {max(own['points'])} points; {100 * own['tolerance']:g} % is let pass)"
         )
+    for name in ("words", "answers"):
+        if name in probes:
+            marked, predicted = (sum(probes[name][key]) for key in ("marked", "predicted"))
+            notes.append(f"{name}: the model predicts {predicted:,} of the {marked:,} tokens looked at, and only these count")
     if "tuned" in probes:
         own = probes["tuned"]
         kl, top1 = ([sum(own[lens][name]) / len(own[lens][name]) for lens in ("tuned", "logit")] for name in ("kl_final", "top1"))
@@ -192,22 +196,39 @@ def _draw(folder: Path, subjects: Sequence[Subject], found: Mapping[str, Mapping
 
 
 def format_depth(result: Mapping[str, Any]) -> str:
-    """The table of effective depth, and where everything is."""
+    """The table of effective depth, what its columns say, notes, and where everything is."""
+    lines = []
+    if any(model["effective_depth"] is not None for model in result["models"]):
+        lines += [*_table(result["models"]), "", *_legend(bool(result["reference"])), ""]
+    else:
+        lines += ["effective depth is not told: it needs the probes residual and lens", ""]
+    notes = [f"{model['label']}: {note}" for model in result["models"] for note in model["notes"]]
+    lines += [*notes, ""] if notes else []
+    pictures = ", ".join(name for name in result["figures"] if name.endswith(".png"))
+    return "\n".join([*lines, f"{result['folder']}: report.html, depth.json, a file for each probe, {pictures}"])
+
+
+def _table(models: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [("model", "layers", "cosine", "KL", "overlap")]
-    for model in result["models"]:
+    for model in models:
         metrics = model["effective_depth"]
         cells = ["-"] * 3 if metrics is None else [_cell(metrics[name]) for name in ("cos", "kl", "overlap")]
         rows.append((model["label"], str(model["layers"]), *cells))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = ["effective depth: layer (0-based) and (layer + 1) / layers", ""]
+    lines = ["effective depth: layer (0-based) and, in brackets, (layer + 1) / layers", ""]
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
-    lines += ["", *(f"{model['label']}: {note}" for model in result["models"] for note in model["notes"])]
-    while not lines[-1]:
-        lines.pop()
-    pictures = ", ".join(name for name in result["figures"] if name.endswith(".png"))
-    return "\n".join([*lines, "", f"{result['folder']}: report.html, depth.json, a file for each probe, {pictures}"])
+    return lines
+
+
+def _legend(reference: bool) -> list[str]:
+    at = "first layer at which" if reference else "first layer from which on"
+    return [
+        "cosine   last layer before what is added turns from erasing (mean cosine below 0) to amplifying; none: no such turn",
+        f"KL       {at} the lens's divergence from the final prediction is below half of its largest value",
+        f"overlap  {at} more than 0.3 of the lens's five first tokens are among the five final ones",
+    ]
 
 
 def _cell(metric: Mapping[str, Any]) -> str:

@@ -262,7 +262,10 @@ def test_the_command_writes_files_and_goes_on(run_inputs: Path, tmp_path: Path, 
     assert model["effective_depth"] is not None and whole["probes"] == ["residual", "lens", "tokens"]
     for name in ("depth.json", "model/residual.json", "model/lens.json", "figures/residual.png", "figures/lens.svg"):
         assert (tmp_path / "whole" / name).stat().st_size > 0, name
-    assert "effective depth" in format_depth(whole) and str(tmp_path / "whole") in format_depth(whole)
+    told = format_depth(whole)
+    assert told.startswith("effective depth: layer (0-based)") and str(tmp_path / "whole") in told
+    assert "KL       first layer from which on" in told
+    assert "KL       first layer at which" in format_depth({**whole, "reference": True})
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
@@ -297,6 +300,8 @@ def test_several_models_lie_side_by_side(run_inputs: Path, tmp_path: Path) -> No
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert [m["label"] for m in result["models"]] == ["model", "model-2"] and result["models"][0]["effective_depth"] is None
+    told = format_depth({**result, "folder": "two"})
+    assert told.startswith("effective depth is not told: it needs the probes residual and lens") and "cosine" not in told
     first, second = (json.loads((tmp_path / "two" / n / "residual.json").read_text()) for n in ("model", "model-2"))
     assert first == second and first["tokens"] > 0
 
