@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from rank_speed import SHAPES, random_model
-from record import timed, write_record
+from record import rounded, timed, write_record
 
 
 def main() -> None:
@@ -78,14 +78,6 @@ def values(name: str, data: str | None, given: argparse.Namespace) -> dict[str, 
             "effective_depth": model["effective_depth"],
             **{probe: rounded(read_json(file)) for probe, file in files.items()},
         }
-
-
-def rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return round(value, 5) if isinstance(value, float) else value
 
 
 def costs(name: str, data: str | None, given: argparse.Namespace) -> dict[str, Any]:

@@ -65,6 +65,15 @@ def write_record(out: str | None, device: str, shape: dict[str, Any], result: di
         Path(out).write_text(text + "\n")
 
 
+def rounded(value: Any) -> Any:
+    """Numbers to five decimals, in nested lists and dicts."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 5) if isinstance(value, float) else value
+
+
 def _plain(argument: str) -> str:
     """Arguments without the folders of the machine that measured."""
     return "/".join(argument.split("/")[-2:]) if argument.startswith("/") else argument

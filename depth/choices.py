@@ -67,7 +67,8 @@ def choices_probe(
 ) -> ChoicesSum:
     """The logit lens on the options of multiple-choice items. The decoder must be one that the layerwise pass serves exactly.
 
-    Raises Refused without items, for an item with fewer than two options or with options of one token.
+    Raises Refused without items, for an item with fewer than two options or with options of one token, and for logits that are
+    no numbers.
     """
     if not items:
         raise Refused("there is no multiple-choice item whose options are single tokens: nothing can be probed")
@@ -89,6 +90,8 @@ def choices_probe(
     for batch in batches(contexts, max_tokens or token_budget(decoder), pad_id):
         in_halves(range(len(batch.rows)), functools.partial(add, batch=batch))
         progress(len(batch.rows))
+    if not torch.isfinite(total.total_5L).all():
+        raise Refused("the logits are not a number: the weights are broken or overflow in this dtype (try --dtype float32)")
     return total
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from layerprune.depth.lens import SLICE, token_budget
-from layerprune.depth.tokens import RANKS
+from layerprune.depth.tokens import RANKS, add_crossings
 from layerprune.model.data import TokenBatch, batches, check_token_id
 from layerprune.model.decoder import Decoder
 from layerprune.model.errors import Refused
@@ -56,11 +56,7 @@ class DecidedSum:
     def update(self, rank_LN: torch.Tensor, group_N: torch.Tensor) -> None:
         """rank_LN: the ranks (1 is first), by layer, of N tokens that the model predicts."""
         self.predicted_G += torch.bincount(group_N, minlength=len(self.groups))
-        layer_L1 = torch.arange(self.layers).unsqueeze(1)
-        for k, rank in enumerate(RANKS):
-            reached_LN = rank_LN <= rank
-            self.first_GK[:, k].index_add_(0, group_N, torch.where(reached_LN, layer_L1, self.layers).amin(0))
-            self.last_GK[:, k].index_add_(0, group_N, torch.where(reached_LN, -1, layer_L1).amax(0) + 1)
+        add_crossings(rank_LN, group_N, self.first_GK, self.last_GK)
 
     def merge(self, other: DecidedSum) -> None:
         for name in ("marked_G", "predicted_G", "first_GK", "last_GK"):

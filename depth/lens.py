@@ -88,7 +88,7 @@ def lens_probe(
 def _one_batch(layerwise: Layerwise, batch: TokenBatch) -> LensSum:
     found, waiting = LensSum(len(layerwise)), []
     for part in slices(layerwise, batch):
-        compare, final = _compared(part.final_NV.device.type), _final(part.final_NV)
+        compare, final = comparison(part.final_NV.device.type), final_of(part.final_NV)
         sums = [compare(lens_NV, *final) for lens_NV in part.lenses()]
         waiting.append((torch.stack(sums, dim=1), len(part.row_N)))
     for sums_4L, tokens in waiting:  # the device is waited for once a batch
@@ -147,13 +147,13 @@ Final = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """The model's own logits (N, V), their largest (N, 1), the logarithm of the sum of e^(logit - largest) (N, 1), the top 5 (N, 5)."""
 
 
-def _final(final_NV: torch.Tensor) -> Final:
+def final_of(final_NV: torch.Tensor) -> Final:
     """What is the same for all depths."""
     most_N1 = final_NV.amax(1, keepdim=True).float()
     size_N1 = (final_NV.float() - most_N1).exp_().sum(1, keepdim=True).log_()
     if final_NV.device.type == "cpu":
         return final_NV, most_N1, size_N1, final_NV.topk(TOP).indices
-    # one after the other, the lower index of equal ones first, as `_ranked` counts; half precision has many equal ones
+    # one after the other, the lower index of equal ones first, as `_by_rank` counts; half precision has many equal ones
     left_NV, top = final_NV.clone(), []
     for _ in range(TOP):
         top.append(left_NV.argmax(1, keepdim=True))
@@ -206,5 +206,6 @@ def _by_rank(
     return torch.stack([*_divergences(lens_NV, final_NV, most_N1, size_N1), both, first])
 
 
-def _compared(kind: str) -> Callable[..., torch.Tensor]:
+def comparison(kind: str) -> Callable[..., torch.Tensor]:
+    """The function (lens_NV, *`final_of`(final_NV)) -> the four sums of `LensSum` that devices of a kind are quickest with."""
     return _by_top if kind == "cpu" else fused(_by_rank, kind)

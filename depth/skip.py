@@ -24,7 +24,7 @@ from layerprune.model.decoder import Decoder, states_BTD
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.layerwise import Batch, Layerwise, State
 from layerprune.model.memory import in_halves
-from layerprune.model.tree import exact_branches
+from layerprune.model.tree import must_run_layer_by_layer
 
 VARIANTS = ("all", "future")
 AGGREGATES = ("mean", "max")
@@ -277,17 +277,11 @@ def check_followed(decoder: Decoder) -> None:
 
     Compared on a few tokens: the whole model, and passes that begin in the middle, at a stored state, after a disturbed pass.
     """
-    layers, vocab = len(decoder), vocab_size(decoder.model.config)
-    whole = tuple(range(layers))
-    exact, broken = exact_branches(decoder, [whole], vocab)
-    name = type(decoder.model).__name__
-    if whole in broken:
-        raise Refused(f"this {name} does not run here: {broken[whole]}")
-    if not (exact and _resumes(decoder, torch.arange(1, 17).view(2, 8) % vocab)):
-        raise Refused(
-            f"the layers of this {name}, called one by one, do not give what it gives itself: it hands on more than states, "
-            "and its depth cannot be probed"
-        )
+    otherwise = "its depth cannot be probed"
+    must_run_layer_by_layer(decoder, otherwise)
+    vocab = vocab_size(decoder.model.config)
+    if not _resumes(decoder, torch.arange(1, 17).view(2, 8) % vocab):
+        raise Refused(f"this {type(decoder.model).__name__} does more between its layers than hand states on: {otherwise}")
 
 
 def _resumes(decoder: Decoder, ids_BT: torch.Tensor) -> bool:

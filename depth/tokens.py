@@ -11,6 +11,7 @@ import torch
 from layerprune.depth.lens import slices, token_budget
 from layerprune.model.data import TokenBatch, batches
 from layerprune.model.decoder import Decoder
+from layerprune.model.errors import Refused
 from layerprune.model.layerwise import Layerwise
 from layerprune.model.memory import in_halves
 
@@ -39,6 +40,19 @@ def count_buckets(sequences: Iterable[Sequence[int]], vocab: int) -> torch.Tenso
         start = end
     buckets_V[counts_V == 0] = len(BUCKETS)
     return buckets_V
+
+
+def add_crossings(rank_LN: torch.Tensor, group_N: torch.Tensor, first_GK: torch.Tensor, last_GK: torch.Tensor) -> None:
+    """Add, by the tokens' groups, the first layer at which a token has rank k or better, and the first from which it keeps it.
+
+    rank_LN: ranks by layer, 1 is first; a token that never has it, or has not kept it before the end, counts as L.
+    """
+    layers = len(rank_LN)
+    layer_L1 = torch.arange(layers).unsqueeze(1)
+    for k, rank in enumerate(RANKS):
+        reached_LN = rank_LN <= rank
+        first_GK[:, k].index_add_(0, group_N, torch.where(reached_LN, layer_L1, layers).amin(0))
+        last_GK[:, k].index_add_(0, group_N, torch.where(reached_LN, -1, layer_L1).amax(0) + 1)
 
 
 class TokensSum:
@@ -72,13 +86,7 @@ class TokensSum:
             self.said_LG[layer] += torch.bincount(said_LN[layer], minlength=groups)
             self.flipped_LG[layer] += torch.bincount(said_LN[layer][flipped_LN[layer]], minlength=groups)
         self.said_G += torch.bincount(own_N, minlength=groups)
-        depth_L1 = torch.arange(self.layers).unsqueeze(1)
-        for k, rank in enumerate(RANKS):
-            reached_LN = rank_LN <= rank
-            first_N = torch.where(reached_LN, depth_L1, self.layers).amin(0)
-            last_N = torch.where(reached_LN, -1, depth_L1).amax(0) + 1
-            self.first_GK[:, k].index_add_(0, own_N, first_N)
-            self.last_GK[:, k].index_add_(0, own_N, last_N)
+        add_crossings(rank_LN, own_N, self.first_GK, self.last_GK)
 
     def merge(self, other: TokensSum) -> None:
         for name in ("said_LG", "flipped_LG", "said_G", "first_GK", "last_GK"):
@@ -118,7 +126,7 @@ def tokens_probe(
     """First choices by frequency, their flips, and when the final token is decided, by the logit lens over all real tokens.
 
     buckets_V: from `count_buckets`, by default counted in `sequences`. The decoder must be one that the layerwise pass serves
-    exactly. Raises Refused where one document does not fit.
+    exactly. Raises Refused for logits that are no numbers, and where one document does not fit.
     """
     layerwise = Layerwise(decoder)
     total = TokensSum(len(decoder))
@@ -142,11 +150,14 @@ def _one_batch(layerwise: Layerwise, batch: TokenBatch, buckets_V: torch.Tensor)
     found = TokensSum(len(layerwise))
     for part in slices(layerwise, batch):
         final_N = part.final_NV.argmax(1)
-        tops, ranks = [], []
+        tops, ranks, broken = [], [], part.final_NV.isnan().any()
         for lens_NV in part.lenses():
             tops.append(lens_NV.argmax(1))
             own_N1 = lens_NV.gather(1, final_N.to(lens_NV.device).unsqueeze(1))
             ranks.append(1 + (lens_NV > own_N1).sum(1))
+            broken = broken | own_N1.isnan().any()
+        if broken:
+            raise Refused("the logits are not a number: the weights are broken or overflow in this dtype (try --dtype float32)")
         top_LN, rank_LN = torch.stack(tops).cpu(), torch.stack(ranks).cpu()
         found.update(top_LN, rank_LN, final_N.cpu(), buckets_V)
     return found

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from layerprune.depth.lens import TOP, LensSum
+from layerprune.depth.lens import LensSum, comparison, final_of
 from layerprune.depth.tuned_file import TunedLens, write_tensors
 from layerprune.model.config import vocab_size
 from layerprune.model.data import TokenBatch, batches, check_seed, check_token_id
@@ -28,7 +28,7 @@ from layerprune.model.files import locked, made_folder
 from layerprune.model.layerwise import Layerwise
 from layerprune.model.memory import in_halves
 from layerprune.model.tail import Tail, frozen
-from layerprune.model.tree import exact_branches
+from layerprune.model.tree import must_run_layer_by_layer
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3}
 MOMENTUM = 0.9
@@ -292,17 +292,12 @@ def evaluate_lens(
 @torch.no_grad()
 def _compare(tail: Tail, lens: TunedLens | None, states: list[torch.Tensor]) -> torch.Tensor:
     """The sums (4, L) that `LensSum` takes, of one slice."""
-    final_SV = _log_probabilities(tail, states[-1])
-    top_SK = final_SV.topk(TOP).indices
+    final_SV = _logits(tail, states[-1])
+    compare, final = comparison(final_SV.device.type), final_of(final_SV)
     sums = []
     for layer in range(len(states) - 1):
-        lens_SV = _log_probabilities(tail, states[layer] if lens is None else lens(layer, states[lens.state(layer)]))
-        own_SK = lens_SV.topk(TOP).indices
-        apart_SV = lens_SV - final_SV
-        kl = (lens_SV.exp() * apart_SV).sum(dtype=torch.float64)
-        kl_final = -(final_SV.exp() * apart_SV).sum(dtype=torch.float64)
-        overlap = (own_SK[:, :, None] == top_SK[:, None, :]).sum(dtype=torch.float64) / TOP
-        sums.append(torch.stack([kl, kl_final, overlap, (own_SK[:, 0] == top_SK[:, 0]).sum(dtype=torch.float64)]))
+        hidden_SD = states[layer] if lens is None else lens(layer, states[lens.state(layer)])
+        sums.append(compare(_logits(tail, hidden_SD), *final))
     return torch.stack(sums, dim=1)
 
 
@@ -327,14 +322,10 @@ def chunks(documents: Sequence[Sequence[int]], length: int, separator: int | Non
 
 def lens_width(decoder: Decoder) -> int:
     """D of the states x^(l). Refused for a model whose states or whose end a lens cannot read."""
-    kind, every = type(decoder.model).__name__, tuple(range(len(decoder)))
-    exact, broken = exact_branches(decoder, [every], vocab_size(decoder.model.config))
-    if broken:
-        raise Refused(f"this {kind} cannot be run: {broken[every]}")
-    if not exact:
-        raise Refused(f"this {kind} does more between its layers than hand states on: no lens can be read off its layers")
+    must_run_layer_by_layer(decoder, "no lens can be read off its layers")
     hidden = Layerwise(decoder).begin(torch.ones((1, 2), dtype=torch.long)).start().hidden
     if hidden.dim() != 3:
+        kind = type(decoder.model).__name__
         raise Refused(f"this {kind} carries several streams of states: a lens of one map a layer is not defined for it")
     return hidden.shape[-1]
 

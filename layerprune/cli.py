@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import traceback
 from typing import Any
 
@@ -27,6 +28,7 @@ from layerprune.cli_options import (
     with_options,
 )  # fmt: skip
 from layerprune.cli_route import route
+from layerprune.depth_checks import PROBES
 
 
 class _Group(click.Group):
@@ -251,7 +253,7 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 @click.option("--validation", metavar="FILE|c4", help="Documents for the loss during training  [C4's, or held out of the data].")
 @click.option("--merge", type=click.Choice(["weights", "nf4"]), help="Into the checkpoint's weights, or those trained  [weights].")
 @click.option("--memory", metavar="SIZE", help="GPU memory to plan for, such as 16GiB  [most of what is free].")
-@_options(_ram)
+@_ram
 @click.option("--micro-batch", type=int, metavar="B", help="Sequences in memory at once  [chosen].")
 @click.option(
     "--kernels", type=click.Choice(["liger", "none"]),
@@ -299,28 +301,38 @@ def evaluate(tasks: str | None, eval_data: str | None, no_loss: bool, out: str |
     show(result, as_json, lambda: format_table(result) + f"\n\n{folder / 'eval.json'}")
 
 
-@main.command(short_help="How deep models think: probes, lens.")
+def _probe_lines() -> str:
+    """A paragraph that click leaves as it is: the probes and what they tell."""
+    lines = ["\b", "Probes (--probe A,B), and what they cost on a model of L layers:"]
+    for name, told in PROBES.items():
+        first, *more = textwrap.wrap(told, 62)
+        lines += [f"  {name:<12}{first}", *(" " * 14 + line for line in more)]
+    return "\n".join(lines)
+
+
+@main.command(short_help="How deep models think: probes, lens.", epilog=_probe_lines())
 @click.option("--model", "models", required=True, multiple=True, metavar="M", help="Recipe name, Hub id or folder; repeatable.")
 @click.option(
     "--probe", "probes", metavar="A,B",
-    help="residual, lens, tokens, choices, skip, prunability, erasure, gradients, words, answers, tuned  [the first three; choices "
-    "with --tasks].",
+    help="Probes of the list below  [residual, lens, tokens; choices where there are --tasks].",
 )  # fmt: skip
 @click.option("--reference", is_flag=True, help="Effective depth by the first layer past a threshold, as the paper's code has it.")
 @click.option("--tasks", metavar="A,B", help="lm-eval tasks with letters as options, for the probe `choices`; `name:5` as in eval.")
-@click.option("--prompt", metavar="TEXT", help="Prompt for erasure and gradients  [the start of the first document].")
+@click.option("--prompt", metavar="TEXT", help="Prompt for erasure and gradients  [the start of a document].")
 @click.option("--answer", metavar="TEXT", help="Its gold answer, as it goes on after the prompt: with a blank before a word.")
 @click.option("--lens", metavar="DIR", help="A trained lens for `tuned`: a folder of ours, or of the tuned-lens library.")
 @click.option("--train-lens", type=int, metavar="STEPS", help="Train one instead, on the recipe's healing data or other documents.")
 @click.option("--answers", metavar="FILE", help="Items for `answers`: JSON lines with `prompt` and `answer`.")
-@with_options(LIMIT, TASK_FOLDER, EVAL_DATA)
+@with_options(LIMIT, TASK_FOLDER)
+@click.option("--eval-data", metavar="FILE|c4", help="Documents that are probed  [the recipe's, or c4].")
 @click.option("--samples", type=int, metavar="N", help="Documents read from the data  [64].")
 @click.option("--length", type=int, metavar="T", help="Tokens a document is cut at  [512, or the model's context if shorter].")
 @with_options(SEED, DTYPE, DEVICE, TRUST, out_folder("runs/<model>-depth"), JSON, VERBOSE)
 def depth(models: tuple[str, ...], probes: str | None, tasks: str | None, as_json: bool, **options: Any) -> None:
     """Probe how deep models think: what each layer adds, when the prediction stands, effective depth.
 
-    The same command again goes on where a killed one stopped; several models are set beside one another.
+    Leaves report.html with all figures, and JSON files with the numbers. The same command again goes on where a killed one
+    stopped, and makes only the probes that are not there yet; several models are set beside one another.
     """
     from layerprune.depths import format_depth, probe_depth
 

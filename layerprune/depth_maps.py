@@ -84,7 +84,7 @@ def plot_erasure(values: Mapping[str, Mapping[str, Any]], folder: str | Path) ->
 def plot_gradients(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
     """Draw gradients.json of one or several models, a map each: red adds to the answer's probability; returns the files."""
     maps = {model: [row[:-1] for row in found["map"]] for model, found in values.items()}
-    return _maps(values, maps, folder, "gradients", "share of the answer's probability", "output of layer (0-based)")
+    return _maps(values, maps, folder, "gradients", "part of the answer's probability", "output of layer (0-based)")
 
 
 def _maps(
@@ -118,7 +118,8 @@ def _maps(
             axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
             axes.set_ylabel(label)
             gold = "".join(found["tokens"][len(found["tokens"]) - found["answer_tokens"] :])
-            axes.set_title(f"{model}: answer “{token_label(gold)}”")
+            much = f" (probability {found['probability']:.3g})" if "probability" in found else ""
+            axes.set_title(f"{model}: answer “{token_label(gold)}”{much}")
             # the answer's own tokens, all but the last, stand behind this line
             start = len(found["tokens"]) - found["answer_tokens"] - 0.5
             if start < len(texts) - 0.5:

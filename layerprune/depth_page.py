@@ -19,7 +19,7 @@ _PROBES = {
         "What the layers add",
         "Above, the cosine (-1 to 1) of what attention, MLP and layer add with the stream they read: below 0 they erase what is "
         "there, at 0 they write something new beside it, at 1 they repeat it; below, the size of what they add: 0 is nothing, 1 as "
-        "much as the stream.",
+        "much as the stream; what the first layers add can be far more, and leaves the panel.",
     ),
     "lens": (
         "When the prediction stands",
@@ -29,7 +29,7 @@ _PROBES = {
     "tuned": (
         "When the prediction stands, by a tuned lens",
         "As the logit lens, with an affine map fitted to each layer first: a divergence of 0 and shares of 1 where it says what "
-        "the model says in the end.",
+        "the model says in the end; a divergence that is far above the others leaves the panel.",
     ),
     "tokens": (
         "Frequent and rare tokens",
@@ -54,18 +54,20 @@ _PROBES = {
     ),
     "skip": (
         "What skipping a layer does",
-        "Left, the change of what a later layer adds, 0 for none and 1 for as much as it adds; right, the change of the output's "
-        "distribution, from 0 for none to 1.41 (the root of 2) from one certain token to another.",
+        "Left, the change of what a later layer adds, 0 for none and 1 for as much as it adds or more; right, the change of the "
+        "output's distribution, from 0 for none to 1.41 (the root of 2) from one certain token to another.",
     ),
     "erasure": (
         "Until when a token's state matters",
         "A token's state is replaced by the mean state of its depth: 0 means that nothing there was needed for the answer any "
-        "more, 1.41 (the root of 2) that the answer's distribution moves from one certain token to another.",
+        "more, 1.41 (the root of 2) that the answer's distribution moves from one certain token to another; the answer's own "
+        "tokens, all but the last, stand right of the dashed line.",
     ),
     "gradients": (
         "Where the answer comes from",
-        "The share of the answer's probability that comes from a token's state at a layer, by integrated gradients: 1 is all of "
-        "it, 0 is nothing, below 0 the state speaks against the answer.",
+        "What a token's state at a layer adds to the probability of the answer's tokens (summed, beside the answer), by integrated "
+        "gradients from the mean state of the prompt: a row adds up to that probability less the one at the mean; below 0 the "
+        "state speaks against the answer, whose own tokens, all but the last, stand right of the dashed line.",
     ),
     "prunability": (
         "What speaks for a cut",
@@ -75,6 +77,8 @@ _PROBES = {
 }  # fmt: skip
 _OVER_DOCUMENTS = ("residual", "lens", "tokens", "tuned", "prunability")
 """Probes whose `tokens` are all of the documents'."""
+_ASKED = {"items": "file", "steps": "training steps", "data": "training data", "task_folder": "task files"}
+"""What a probe was asked, where its key does not say it."""
 _METRICS = {"cos": "cosine", "kl": "KL", "overlap": "overlap"}
 _IMAGES = {".svg": "image/svg+xml", ".png": "image/png"}
 
@@ -167,7 +171,7 @@ def _counted(probe: str, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -
         values = own.get(probe, {})
         asked = values.get("asked")
         asked = flat(asked, ": ") if isinstance(asked, Mapping) else {}
-        said = [f"{key} {_said(v)}" for key, v in asked.items() if v not in (None, [], {})]
+        said = [f"{_ASKED.get(key, key)} {_said(v)}" for key, v in asked.items() if v not in (None, [], {})]
         said += _counts(values)
         parts = ((part, _counts(v)) for part, v in values.items() if isinstance(v, Mapping) and part != "asked")
         said += [f"{part}: {' and '.join(counts)}" for part, counts in parts if counts]
@@ -185,7 +189,7 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def _said(value: Any) -> str:
-    return f"{value:,}" if _is_count(value) else as_text(value)
+    return f"{value:,}" if _is_count(value) else f"“{value}”" if isinstance(value, str) and " " in value else as_text(value)
 
 
 def _settings(

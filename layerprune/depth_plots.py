@@ -88,7 +88,7 @@ def plot_tokens(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> 
 
 def plot_choices(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
     """Draw choices.json of one or several models, a panel a task and model: options listed, chosen, right; returns the files."""
-    panels = [(model, task, found) for model, tasks in values.items() for task, found in tasks.items()]
+    panels = [(model, task, found) for model, tasks in values.items() for task, found in tasks.items() if task != "asked"]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     lines = {"listed": "all options among the first", "mass": "probability of the options", "chosen": "the model's choice",
@@ -114,6 +114,7 @@ def plot_skip(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> li
     """Draw skip.json of one or several models, a row each: the map of mean effects on later layers for future tokens, and the
     effect on the output by layer, for future and for all tokens; returns the files."""
     import numpy as np
+    from matplotlib.ticker import MaxNLocator
 
     with look():
         figure = new_figure(9.2, 0.6 + 3.2 * len(values))
@@ -129,6 +130,8 @@ def plot_skip(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> li
                 row[1].plot(found[variant]["mean"]["output"], color=colour, lw=1.5, label=f"{variant} tokens")
             row[1].set_ylim(0, None)
             row[1].set(xlabel="layer skipped (0-based)", ylabel="change of the output (L2)")
+            for axis in (row[0].xaxis, row[0].yaxis, row[1].xaxis):
+                axis.set_major_locator(MaxNLocator(integer=True, nbins=8))
             row[1].legend()
         return save(figure, Path(folder), "skip")
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from layerprune.depth_subject import Ask, Loaded, Subject
 from layerprune.model.config import load_config
-from layerprune.model.errors import Refused
 from layerprune.runfolder import RunFolder
 
 COUNTED = 2000
@@ -18,8 +17,7 @@ def run_probes(opened: RunFolder, subject: Subject, probes: Sequence[str], ask: 
     """Load one model and run its probes into <label>/<probe>.json. Raises Refused for what a probe cannot be used on."""
     from layerprune.depth_lens import tuned
     from layerprune.depth_prompt import erasure, gradients
-    from layerprune.model.config import vocab_size
-    from layerprune.model.tree import exact_branches
+    from layerprune.model.tree import must_run_layer_by_layer
     from layerprune.prunability import prunability
 
     runs: dict[str, Callable[[Loaded], dict[str, Any]]] = {
@@ -31,13 +29,9 @@ def run_probes(opened: RunFolder, subject: Subject, probes: Sequence[str], ask: 
     decoder, sequences = loaded.decoder, loaded.sequences
     tokens = sum(map(len, sequences))
     ask.say(f"{subject.source.name}: {len(decoder)} layers, {len(sequences)} documents, {tokens:,} tokens")
-    vocab = vocab_size(decoder.model.config)
     for probe in probes:
-        if probe != "residual" and not exact_branches(decoder, [tuple(range(len(decoder)))], vocab)[0]:
-            raise Refused(
-                f"--probe {probe} cannot be used on this {type(decoder.model).__name__}: run layer by layer it gives other logits "
-                "than by itself; leave that probe out"
-            )
+        if probe != "residual":
+            must_run_layer_by_layer(decoder, f"--probe {probe} cannot be used on it; leave that probe out")
         with opened.phase(f"{subject.label}: {probe}"):
             asked = ask.settings(probe, subject)
             found = {} if asked is None else {"asked": asked}

@@ -68,6 +68,8 @@ class Ask:
 
     def settings(self, probe: str, subject: Subject) -> dict[str, Any] | None:
         """What decides the result of one probe beside the folder's inputs; it is stored with the result as `asked`."""
+        if probe == "choices" and self.tasks is not None:
+            return self.tasks.inputs()
         if probe in ("erasure", "gradients"):
             return {"prompt": self.prompt, "answer": self.answer}
         if probe == "answers":

@@ -41,7 +41,11 @@ def _plot(values: Mapping[str, Mapping[str, Any]], folder: Path, name: str, styl
                 drawn = style(group, number)
                 axes.plot(found["ranks"], found["decided"][number], lw=1.5, label=label, **drawn)
                 axes.plot(found["ranks"], found["kept"][number], lw=1, ls=":", color=drawn["color"])
+            if not any(found["predicted"]):
+                told = f"none of {sum(found['marked']):,} tokens\nis predicted by the model"
+                axes.text(0.5, 0.5, told, ha="center", va="center", transform=axes.transAxes)
             axes.set_xscale("log")
+            axes.set_xlim(0.9 * found["ranks"][0], 1.1 * found["ranks"][-1])
             axes.set_ylim(0, found["layers"])
             axes.set(title=model, xlabel="k")
         for row in grid:

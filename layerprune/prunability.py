@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from layerprune.depth_stored import stored
 from layerprune.depth_subject import Loaded
 from layerprune.model.cuts import Block, Kept, last_block
-from layerprune.model.files import read_json
 
 MOST = 0.6
 """Share of the layers that is dropped at most: beyond it a model is broken by either strategy."""
@@ -25,8 +25,8 @@ def prunability(loaded: Loaded) -> dict[str, Any]:
     distance = opened.once(f".work/{label}/distance.json", lambda: _ranking(loaded))
     cuts = opened.once(f".work/{label}/cuts.json", lambda: _losses(loaded, distance))
     path = opened.path / label
-    skip = read_json(path / "skip.json")["all"] if (path / "skip.json").exists() else _part(loaded, "skip-all")
-    lens = read_json(path / "lens.json") if (path / "lens.json").exists() else _part(loaded, "lens")
+    skip = stored(path / "skip.json", "skip")["all"] if (path / "skip.json").exists() else _part(loaded, "skip-all")
+    lens = stored(path / "lens.json", "lens") if (path / "lens.json").exists() else _part(loaded, "lens")
     return {
         "angle": distance[0] if layers > 1 else [],
         "skip": skip["mean"]["output"],

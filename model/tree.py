@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from layerprune.model.cuts import Kept, check_kept
-from layerprune.model.errors import model_errors, one_line
+from layerprune.model.errors import Refused, model_errors, one_line
 
 if TYPE_CHECKING:  # a tree is planned without torch
     import torch
@@ -121,6 +121,21 @@ def exact_branches(decoder: Decoder, branches: Sequence[Kept], vocab: int) -> tu
     except model_errors():
         return False, broken
     return all(right), broken
+
+
+def must_run_layer_by_layer(decoder: Decoder, else_what: str) -> None:
+    """Refuse a model whose layers, called one by one, do not give what it gives itself (`exact_branches` of the whole model).
+
+    else_what: what cannot be done then, such as `its layers cannot be routed`.
+    """
+    from layerprune.model.config import vocab_size
+
+    kind, whole = type(decoder.model).__name__, tuple(range(len(decoder)))
+    exact, broken = exact_branches(decoder, [whole], vocab_size(decoder.model.config))
+    if broken:
+        raise Refused(f"this {kind} does not run here: {broken[whole]}")
+    if not exact:
+        raise Refused(f"this {kind} does more between its layers than hand states on: {else_what}")
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -12,22 +12,16 @@ from typing import Any
 
 import torch
 
-from layerprune.model.config import vocab_size
 from layerprune.model.decoder import Decoder
 from layerprune.model.errors import Refused, model_errors, one_line
 from layerprune.model.layerwise import Batch, Layerwise, State
-from layerprune.model.tree import exact_branches
+from layerprune.model.tree import must_run_layer_by_layer
 from layerprune.route.paths import Counts, Order, check_counts, executed
 
 
 def check_routable(decoder: Decoder) -> None:
     """Refuse a model whose layers, called one by one, do not give what it gives itself (compared on a few tokens)."""
-    kind, whole = type(decoder.model).__name__, tuple(range(len(decoder)))
-    exact, broken = exact_branches(decoder, [whole], vocab_size(decoder.model.config))
-    if broken:
-        raise Refused(f"this {kind} does not run here: {broken[whole]}")
-    if not exact:
-        raise Refused(f"this {kind} does more between its layers than hand states on: its layers cannot be routed")
+    must_run_layer_by_layer(decoder, "its layers cannot be routed")
 
 
 def run_path(layerwise: Layerwise, batch: Batch, state: State, counts: Counts) -> State:

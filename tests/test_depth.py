@@ -223,7 +223,7 @@ def test_ranks_tell_the_overlap_that_a_top_5_tells() -> None:
     generator = torch.Generator().manual_seed(5)
     ends, own = torch.randn(2, 40, 60, generator=generator)
     for final_NV, lens_NV in ((ends, own), (ends, ends + own / 5), (ends.round(), own.round()), (ends.round(), ends.round())):
-        _, most_N1, size_N1, _ = lens._final(final_NV)
+        _, most_N1, size_N1, _ = lens.final_of(final_NV)
         order_NV, own_NV = (torch.sort(x, dim=1, descending=True, stable=True).indices for x in (final_NV, lens_NV))
         found = lens._by_rank(lens_NV, final_NV, most_N1, size_N1, order_NV[:, :5])
         same = [len(set(a[:5]) & set(b[:5])) / 5 for a, b in zip(order_NV.tolist(), own_NV.tolist(), strict=True)]
@@ -232,7 +232,7 @@ def test_ranks_tell_the_overlap_that_a_top_5_tells() -> None:
         expected = [float((p.exp() * (p - q)).sum()), float((q.exp() * (q - p)).sum())]
         assert found[:2].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-5)
         if final_NV is ends:  # without equal logits both ways are one
-            final = lens._final(final_NV)
+            final = lens.final_of(final_NV)
             assert torch.equal(lens._by_top(lens_NV, *final), lens._by_rank(lens_NV, *final))
 
 
@@ -262,7 +262,10 @@ def test_the_command_writes_files_and_goes_on(run_inputs: Path, tmp_path: Path, 
     assert model["effective_depth"] is not None and whole["probes"] == ["residual", "lens", "tokens"]
     for name in ("depth.json", "model/residual.json", "model/lens.json", "figures/residual.png", "figures/lens.svg"):
         assert (tmp_path / "whole" / name).stat().st_size > 0, name
-    assert "effective depth" in format_depth(whole) and str(tmp_path / "whole") in format_depth(whole)
+    told = format_depth(whole)
+    assert told.startswith("effective depth: layer (0-based)") and str(tmp_path / "whole") in told
+    assert "KL       first layer from which on" in told
+    assert "KL       first layer at which" in format_depth({**whole, "reference": True})
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
@@ -297,6 +300,8 @@ def test_several_models_lie_side_by_side(run_inputs: Path, tmp_path: Path) -> No
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert [m["label"] for m in result["models"]] == ["model", "model-2"] and result["models"][0]["effective_depth"] is None
+    told = format_depth({**result, "folder": "two"})
+    assert told.startswith("effective depth is not told: it needs the probes residual and lens") and "cosine" not in told
     first, second = (json.loads((tmp_path / "two" / n / "residual.json").read_text()) for n in ("model", "model-2"))
     assert first == second and first["tokens"] > 0
 

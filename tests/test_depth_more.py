@@ -15,8 +15,9 @@ from click.testing import CliRunner
 from layerprune import depth_lens, depth_prompt
 from layerprune.cli import main
 from layerprune.depth.tuned_file import TunedLens, load_lens, save_lens, save_library_lens
+from layerprune.depth_checks import PROBES
 from layerprune.depth_maps import plot_erasure, plot_prunability, token_label
-from layerprune.depths import PROBES, format_depth, probe_depth
+from layerprune.depths import format_depth, probe_depth
 from layerprune.model.data import read_documents
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.load import load_model, load_tokenizer

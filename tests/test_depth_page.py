@@ -123,7 +123,7 @@ def test_what_was_asked_and_counted_stands_with_its_probe(tmp_path: Path) -> Non
     found["tiny"]["erasure"] = {"asked": {"prompt": "Salt is", "answer": None}, "documents": 2048}
     found["tiny"]["choices"] = {"quiz": {"items": 40, "mass": [0.5]}, "facts": {"items": 1234}}
     html = page(tmp_path / "a", (result, found))
-    assert "prompt Salt is, 2,048 documents. Numbers" in html
+    assert "prompt “Salt is”, 2,048 documents. Numbers" in html
     assert "quiz: 40 items, facts: 1,234 items. Numbers" in html
     assert "all: 8 documents and 2,000 tokens, future: 8 documents and 2,000 tokens. Numbers" in html
 

@@ -53,6 +53,9 @@ def test_the_answers_of_a_file(run_inputs: Path, answers: Path, tmp_path: Path) 
     assert {key: found[key] for key in expected} == json.loads(json.dumps(expected))
     assert any(expected["predicted"]) and any("answers" in name for name in result["figures"])
     assert "answers" in (tmp_path / "out" / "report.html").read_text()
+    (note,) = result["models"][0]["notes"]
+    told = f"answers: the model predicts {sum(expected['predicted'])} of the {sum(expected['marked'])} tokens looked at"
+    assert note.startswith(told)
 
 
 def test_faults_are_told_before_a_model_is_loaded(
