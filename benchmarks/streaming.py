@@ -7,7 +7,8 @@ Makes a random bf16 checkpoint of the shape in FOLDER, sharded (kept, and used a
 process of its own, whose peak of resident memory is the kernel's (VmHWM: pages of mapped files count). Times: the layers'
 bytes read and copied to the device by a few lines of plain code (`bare`); all layers brought in without computing (`read`);
 the streamed computation; and with --resident (where the model fits) the same computation by the loaded model. `share` is the
-streamed time over the larger of the faster of `bare` and `read` (times its passes) and the resident computation.
+streamed time over the larger of the faster of `bare` and `read` (times its passes) and the resident computation;
+`largest_difference` is that between their distances, or losses in nats a token.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     kept = [tuple(range(layers)), *[(*range(layers - 1 - n), layers - 1) for n in range(1, layers - 1)]]
     told: list[str] = []
     found: dict[str, Any] = {}
+    values: Any = None
 
     def timed(work: Any) -> Any:
         started = time.perf_counter()
@@ -155,9 +157,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         warm(lambda: rank_decoder(view_decoder(live), asked[:1]))
         warm(lambda: sweep_live(live, None, kept[:2], sequences=asked[:1]))
         if args.measure == "resident-rank":
-            timed(lambda: rank_decoder(view_decoder(live), asked))
+            values = timed(lambda: rank_decoder(view_decoder(live), asked))
         else:
-            timed(lambda: sweep_live(live, None, kept, sequences=asked))
+            values = timed(lambda: sweep_live(live, None, kept, sequences=asked))
     else:
         from layerprune.eval.streamed import sweep_streamed
         from layerprune.prune.rank_streamed import rank_streamed
@@ -170,14 +172,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if args.measure == "read":
             timed(lambda: [None for _ in streamed.layers(range(layers))])
         elif args.measure == "rank":
-            timed(lambda: rank_streamed(streamed, asked, budget, say=told.append))
+            values = timed(lambda: rank_streamed(streamed, asked, budget, say=told.append))[0]
         else:
-            timed(lambda: sweep_streamed(streamed, None, kept, budget, sequences=asked, say=told.append))
+            values = timed(lambda: sweep_streamed(streamed, None, kept, budget, sequences=asked, say=told.append))
         passes = max(1, sum(int(line.split(" pass")[0].split()[-1]) for line in told))
         stored = sum(streamed.stored_bytes(i) for i in range(layers))
         found |= {"plan": told, "passes": passes, "read": streamed.read - before}
         found["read_of_layers"] = found["read"] / stored
         found["read_of_checkpoint"] = (rest + found["read"]) / (passes * (rest + stored))
+    if args.measure.endswith("rank"):
+        found["values"] = [d for row in values for d in row]
+    elif args.measure.endswith("sweep"):
+        found["values"] = [one["loss"]["nats_per_token"] for one in values.values()]
     if torch.cuda.is_available():
         found["gpu_peak"] = torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
@@ -212,11 +218,15 @@ def main() -> None:
     for what in ("bare", "read", "rank", "sweep", *(("resident-rank", "resident-sweep") if args.resident else ())):
         call = [sys.executable, __file__, *sys.argv[1:], "--measure", what]
         found[what] = json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-        print(what, json.dumps(found[what]), file=sys.stderr, flush=True)
+        told = {key: value for key, value in found[what].items() if key != "values"}
+        print(what, json.dumps(told), file=sys.stderr, flush=True)
     for what in ("rank", "sweep"):
         others = [min(found["bare"]["seconds"], found["read"]["seconds"]) * found[what]["passes"]]
         if args.resident:
             others.append(found[f"resident-{what}"]["seconds"])
+        own, other = (found.get(name, {}).pop("values", None) for name in (what, f"resident-{what}"))
+        if args.resident:
+            found[what]["largest_difference"] = max(abs(a - b) for a, b in zip(own, other, strict=True))
         found[what]["share"] = found[what]["seconds"] / max(others)
     layers, hidden, width, heads = SHAPES[args.shape]
     shape = {"name": args.shape, "layers": layers, "hidden": hidden, "mlp": width, "heads": heads, "vocabulary": VOCABULARY}

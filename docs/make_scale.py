@@ -18,6 +18,7 @@ from layerprune.model.streamplan import last_branches, plan_streaming, rank_bran
 
 PAGE = Path(__file__).parent / "scale.md"
 CPU = PAGE.parents[1] / "benchmarks" / "streaming_cpu.json"
+GPU = CPU.with_name("streaming_gpu.json")
 DISK = 3e9
 HOST = 64_000_000_000
 SCRATCH = 1_000_000_000_000
@@ -108,9 +109,33 @@ def measured() -> str:
     return "\n".join(rows)
 
 
+def measured_on_gpu() -> str:
+    """What the GPU's record says."""
+    record = json.loads(GPU.read_text())
+    shape = record["shape"]
+    rows = [
+        f"{record['device']}; a random bf16 checkpoint of the shape {shape['name']} ({shape['layers']} layers, "
+        f"{record['rank']['read'] / 1e9:.1f} GB of layers) in the page cache, `--memory 6GiB`, {shape['documents']} documents of "
+        f"{shape['length']} tokens:",
+        "",
+        "| | seconds | of the GPU's memory | of the slower of reading and computing |",
+        "|---|---|---|---|",
+    ]
+    names = {
+        "bare": "the layers' bytes to the GPU, a few lines of plain code", "read": "all layers brought in, nothing computed",
+        "resident-rank": "rank, the model loaded", "rank": "rank, streamed",
+        "resident-sweep": "loss at all depths, the model loaded", "sweep": "loss at all depths, streamed",
+    }  # fmt: skip
+    for key, name in names.items():
+        one = record[key]
+        share = f"{one['share']:.2f}" if "share" in one else ""
+        rows.append(f"| {name} | {one['seconds']:.2f} | {one['gpu_peak'] / 2**30:.2f} GiB | {share} |")
+    return "\n".join(rows)
+
+
 def page(text: str) -> str:
     """The page with its tables as they must be."""
-    for mark, content in (("plans", table()), ("measured", measured())):
+    for mark, content in (("plans", table()), ("measured", measured()), ("gpu", measured_on_gpu())):
         text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- end -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL)
     return text
 
