@@ -99,20 +99,21 @@ def measure(run: Run, work: Path, ranking: Path, jobs: int, device: str) -> dict
 
 
 def unscaled(model: str, folder: Path, device: str) -> dict[str, Any]:
-    """What routers choose that are trained on the states as they are: the report of their training."""
+    """What routers choose that are trained on the states as they are: the report of their training, and the states' sizes."""
     from layerprune.model.decoder import view_decoder
     from layerprune.model.fingerprint import checkpoint_fingerprint
     from layerprune.model.load import load_model
     from layerprune.model.source import find_model
     from layerprune.route.features import collect_features
     from layerprune.route.labels import labelled, read_records
-    from layerprune.route.train import TrainSettings, train_routers
+    from layerprune.route.train import TrainSettings, state_sizes, train_routers
 
     source, items = find_model(model), labelled(read_records(folder / "paths" / "paths.jsonl"))
     decoder = view_decoder(load_model(source.folder, device=device))
     features = collect_features(decoder, checkpoint_fingerprint(source.folder), items, folder / "unscaled")
     settings = TrainSettings(held_out=max(1, round(0.1 * len(items))), scaled=False)
-    return train_routers(features, settings, folder / "unscaled", device)[1]
+    sizes = state_sizes(features, settings.split(len(items))[0], settings.batch).tolist()
+    return {**train_routers(features, settings, folder / "unscaled", device)[1], "sizes": sizes}
 
 
 def labels(folder: Path) -> dict[str, Any]:

@@ -103,6 +103,18 @@ def overhead() -> str:
     )
 
 
+def sizes(runs: dict[str, Any]) -> str:
+    """How large the states are that enter the layers."""
+    told = " and ".join(
+        f"{min(run['unscaled']['sizes']):.2g} to {max(run['unscaled']['sizes']):.3g} in {name}"
+        for name, run in runs.items() if "," not in name
+    )  # fmt: skip
+    return (
+        "The states that enter the layers are of very different size from model to model (root mean square from the first layer "
+        f"to the last: {told}), and the paper's routers have no norm."
+    )
+
+
 def tables() -> dict[str, str]:
     """What stands between the page's marks."""
     runs = read("routing.json")["runs"]
@@ -110,6 +122,7 @@ def tables() -> dict[str, str]:
         "accuracy": table_of_accuracy(runs),
         "searches": table_of_searches(runs),
         "routers": table_of_routers(runs),
+        "sizes": sizes(runs),
         "overhead": overhead(),
     }
 
