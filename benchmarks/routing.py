@@ -4,7 +4,7 @@
 
 WORK gets the items (of benchmarks/route_items.py) and the folders of the commands; what is there is gone on with. ENGLISH_MODEL
 is any causal model, DOCUMENTS are texts that it has not seen; angular cuts are ranked on them too. Each model is run with the
-search as it is by default, which stops at a path two layers shorter, and with all simulations on part of the items. Accuracy is
+search as it is by default, which stops at a path two layers shorter, the demo also with all simulations on half of the items. Accuracy is
 on items of other documents or about other facts than those searched. Routers are trained once more on states as they are, not
 divided by their size, to see what that does.
 """
@@ -54,7 +54,6 @@ def main() -> None:
         Run("demo", "demo", items["demo"], 2),
         Run("demo, all simulations", "demo", items["demo"], None, 75),
         Run("english-32l", given.english, items["english"], 2, 420),
-        Run("english-32l, all simulations", given.english, items["english"], None, 150),
     ]
     ranks = {
         "demo": rank(given.work / "rank-demo", "demo", None, given.device),
@@ -88,14 +87,27 @@ def measure(run: Run, work: Path, ranking: Path, jobs: int, device: str) -> dict
         out=folder / "routed", progress=True,
     )  # fmt: skip
     seconds = {name: json.loads((folder / name / "manifest.json").read_text())["done"] for name in ("paths", "routers", "routed")}
-    own = ("folder", "model", "figures")
+    own = ("folder", "model", "figures", "routers")  # those of this machine
     return {
         "search": {key: value for key, value in search.items() if key not in own} | {"labels": labels(folder / "paths")},
         "training": rounded({key: value for key, value in training.items() if key not in own}),
         "unscaled": rounded(unscaled(run.model, folder, device)),
-        "measured": rounded({key: value for key, value in measured.items() if key not in own}),
+        "measured": rounded(without_detail({key: value for key, value in measured.items() if key not in own})),
         "seconds": seconds,
     }
+
+
+def without_detail(measured: dict[str, Any]) -> dict[str, Any]:
+    """Without how often each layer ran, but for the routers' own choice, and of the cuts depth and accuracy alone."""
+    base, *routed = (
+        one if one["name"] == "router" else {key: value for key, value in one.items() if key != "usage"}
+        for one in (measured["base"], *measured["routed"])
+    )
+    static = {
+        strategy: [{"layers": cut["layers"], "accuracy": cut["accuracy"]} for cut in cuts]
+        for strategy, cuts in measured["static"].items()
+    }
+    return {**measured, "base": base, "routed": routed, "static": static}
 
 
 def unscaled(model: str, folder: Path, device: str) -> dict[str, Any]:
