@@ -4,7 +4,7 @@
 
 WORK gets the items (of benchmarks/route_items.py) and the folders of the commands; what is there is gone on with. ENGLISH_MODEL
 is any causal model, DOCUMENTS are texts that it has not seen; angular cuts are ranked on them too. Each model is run with the
-search as it is by default, which stops at a path two layers shorter, and with all simulations on part of the items. Accuracy is
+search as it is by default, which stops at a path two layers shorter, the demo also with all simulations on half of the items. Accuracy is
 on items of other documents or about other facts than those searched. Routers are trained once more on states as they are, not
 divided by their size, to see what that does.
 """
@@ -21,7 +21,9 @@ from typing import Any
 import route_items
 from record import write_record
 
-DIALS = (-0.7, -0.6, "router", -0.4, -0.25, 0.0)
+DIALS = (-0.6, "router", -0.4, -0.25)
+MEASURED = 300
+"""Items of each task on which accuracy is measured, at most."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ def main() -> None:
     runs = [
         Run("demo", "demo", items["demo"], 2),
         Run("demo, all simulations", "demo", items["demo"], None, 75),
-        Run("english-32l", given.english, items["english"], 2),
-        Run("english-32l, all simulations", given.english, items["english"], None, 200),
+        Run("english-32l", given.english, items["english"], 2, 420),
     ]
     ranks = {
         "demo": rank(given.work / "rank-demo", "demo", None, given.device),
@@ -82,35 +83,49 @@ def measure(run: Run, work: Path, ranking: Path, jobs: int, device: str) -> dict
     )  # fmt: skip
     training = train_routing(folder / "paths", device=device, out=folder / "routers", progress=True)
     measured = evaluate_routing(
-        run.model, folder / "routers", items=run.items / "test.jsonl", dials=DIALS, rank=ranking, device=device,
+        run.model, folder / "routers", items=run.items / "test.jsonl", limit=MEASURED, dials=DIALS, rank=ranking, device=device,
         out=folder / "routed", progress=True,
     )  # fmt: skip
     seconds = {name: json.loads((folder / name / "manifest.json").read_text())["done"] for name in ("paths", "routers", "routed")}
-    own = ("folder", "model", "figures")
+    own = ("folder", "model", "figures", "routers")  # those of this machine
     return {
         "search": {key: value for key, value in search.items() if key not in own} | {"labels": labels(folder / "paths")},
         "training": rounded({key: value for key, value in training.items() if key not in own}),
         "unscaled": rounded(unscaled(run.model, folder, device)),
-        "measured": rounded({key: value for key, value in measured.items() if key not in own}),
+        "measured": rounded(without_detail({key: value for key, value in measured.items() if key not in own})),
         "seconds": seconds,
     }
 
 
+def without_detail(measured: dict[str, Any]) -> dict[str, Any]:
+    """Without how often each layer ran, but for the routers' own choice, and of the cuts depth and accuracy alone."""
+    base, *routed = (
+        one if one["name"] == "router" else {key: value for key, value in one.items() if key != "usage"}
+        for one in (measured["base"], *measured["routed"])
+    )
+    static = {
+        strategy: [{"layers": cut["layers"], "accuracy": cut["accuracy"]} for cut in cuts]
+        for strategy, cuts in measured["static"].items()
+    }
+    return {**measured, "base": base, "routed": routed, "static": static}
+
+
 def unscaled(model: str, folder: Path, device: str) -> dict[str, Any]:
-    """What routers choose that are trained on the states as they are: the report of their training."""
+    """What routers choose that are trained on the states as they are: the report of their training, and the states' sizes."""
     from layerprune.model.decoder import view_decoder
     from layerprune.model.fingerprint import checkpoint_fingerprint
     from layerprune.model.load import load_model
     from layerprune.model.source import find_model
     from layerprune.route.features import collect_features
     from layerprune.route.labels import labelled, read_records
-    from layerprune.route.train import TrainSettings, train_routers
+    from layerprune.route.train import TrainSettings, state_sizes, train_routers
 
     source, items = find_model(model), labelled(read_records(folder / "paths" / "paths.jsonl"))
     decoder = view_decoder(load_model(source.folder, device=device))
     features = collect_features(decoder, checkpoint_fingerprint(source.folder), items, folder / "unscaled")
     settings = TrainSettings(held_out=max(1, round(0.1 * len(items))), scaled=False)
-    return train_routers(features, settings, folder / "unscaled", device)[1]
+    sizes = state_sizes(features, settings.split(len(items))[0], settings.batch).tolist()
+    return {**train_routers(features, settings, folder / "unscaled", device)[1], "sizes": sizes}
 
 
 def labels(folder: Path) -> dict[str, Any]:

@@ -26,10 +26,34 @@ def read(name: str) -> dict[str, Any]:
     return found
 
 
+def points(made: dict[str, Any]) -> str:
+    return f"{100 * made['difference']:+.1f} ({100 * made['low']:+.1f} to {100 * made['high']:+.1f}) points"
+
+
+def verdict(runs: dict[str, Any]) -> str:
+    """How often routing won and lost, and what the routers' own choice gave."""
+    made = [one["against"]["angular"] for run in runs.values() for one in run["measured"]["routed"]]
+    won, lost = sum(one["low"] > 0 for one in made), sum(one["high"] < 0 for one in made)
+    lines = [
+        f"Routers at {len(made)} settings (models, searches, dials) were set beside the angular cut of the same mean depth, not "
+        f"healed: they were better at {won}, worse at {lost}, and at {len(made) - won - lost} the items do not decide. The "
+        "routers' own choice:",
+        "",
+    ]
+    for name, run in runs.items():
+        found = run["measured"]
+        own = next(one for one in found["routed"] if one["name"] == "router")
+        lines.append(
+            f"- {name}: {own['layers']:.2f} of {found['layers']} layers, accuracy {own['accuracy']:.3f} (whole model "
+            f"{found['base']['accuracy']:.3f}), {points(own['against']['angular'])} against the cut."
+        )
+    return "\n".join(lines)
+
+
 def table_of_accuracy(runs: dict[str, Any]) -> str:
     """Every dial beside the static cuts of the same mean depth."""
     lines = [
-        "| routers of | dial | mean layers | accuracy | angular cut | last n | routing minus the better cut |",
+        "| routers of | dial | mean layers | accuracy | angular cut | last n | routing minus angular cut |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, run in runs.items():
@@ -41,10 +65,9 @@ def table_of_accuracy(runs: dict[str, Any]) -> str:
             cuts = {strategy: one["accuracy"] - made["difference"] for strategy, made in against.items()}
             cells = [f"{cuts[strategy]:.3f}" if strategy in cuts else "" for strategy in STRATEGIES]
             told = ""
-            if against:
-                best = against[max(cuts, key=lambda strategy: cuts[strategy])]
-                told = f"{100 * best['difference']:+.1f} ({100 * best['low']:+.1f} to {100 * best['high']:+.1f}) points"
-                told = f"**{told}**" if best["low"] > 0 or best["high"] < 0 else told
+            if "angular" in against:
+                made = against["angular"]
+                told = f"**{points(made)}**" if made["low"] > 0 or made["high"] < 0 else points(made)
             lines.append(f"| | {one['name']} | {one['layers']:.2f} | {one['accuracy']:.3f} | {' | '.join(cells)} | {told} |")
     return "\n".join(lines)
 
@@ -103,13 +126,27 @@ def overhead() -> str:
     )
 
 
+def sizes(runs: dict[str, Any]) -> str:
+    """How large the states are that enter the layers."""
+    told = " and ".join(
+        f"{min(run['unscaled']['sizes']):.2g} to {max(run['unscaled']['sizes']):.3g} in {name}"
+        for name, run in runs.items() if "," not in name
+    )  # fmt: skip
+    return (
+        "The states that enter the layers are of very different size from model to model (root mean square from the first layer "
+        f"to the last: {told}), and the paper's routers have no norm."
+    )
+
+
 def tables() -> dict[str, str]:
     """What stands between the page's marks."""
     runs = read("routing.json")["runs"]
     return {
+        "verdict": verdict(runs),
         "accuracy": table_of_accuracy(runs),
         "searches": table_of_searches(runs),
         "routers": table_of_routers(runs),
+        "sizes": sizes(runs),
         "overhead": overhead(),
     }
 
@@ -140,14 +177,14 @@ def draw(target: Path) -> None:
         layers = first["layers"]
         for strategy, (label, colour, dash) in STRATEGIES.items():
             cuts = {c["layers"]: c["accuracy"] for name in names for c in runs[name]["measured"]["static"].get(strategy, [])}
-            points = sorted((depth, value) for depth, value in cuts.items() if depth >= SHOWN * layers)
-            above.plot(*zip(*points, strict=True), dash, color=colour, label=label, lw=1.5)
+            line = sorted((depth, value) for depth, value in cuts.items() if depth >= SHOWN * layers)
+            above.plot(*zip(*line, strict=True), dash, color=colour, label=label, lw=1.5)
         above.plot(layers, first["base"]["accuracy"], "k*", ms=9, label="whole model")
-        for name, colour in zip(names, COLOURS, strict=True):
+        for name, colour in zip(names, COLOURS, strict=False):
             told = "routed (all simulations)" if "," in name else "routed (search stops at 2 layers fewer)"
-            points = sorted((one["layers"], one["accuracy"]) for one in runs[name]["measured"]["routed"])
-            points = [point for point in points if point[0] >= SHOWN * layers]
-            above.plot(*zip(*points, strict=True), "o-", color=colour, label=told, lw=1.2, ms=4)
+            line = sorted((one["layers"], one["accuracy"]) for one in runs[name]["measured"]["routed"])
+            line = [point for point in line if point[0] >= SHOWN * layers]
+            above.plot(*zip(*line, strict=True), "o-", color=colour, label=told, lw=1.2, ms=4)
             own = next(one for one in runs[name]["measured"]["routed"] if one["name"] == "router")
             above.plot(own["layers"], own["accuracy"], "o", color=colour, mfc="white", ms=9, mew=1.6)
             by_layer = runs[name]["training"]["by_layer"]

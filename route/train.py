@@ -89,7 +89,7 @@ def train_routers(
     routers = Routers(layers, width, settings.seed).to(device)
     optimizer = torch.optim.AdamW(routers.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     run = {"features": features.key, **asdict(settings)}
-    scale_L = _sizes(features, train_N, settings.batch).reciprocal() if settings.scaled else torch.ones(layers)
+    scale_L = state_sizes(features, train_N, settings.batch).reciprocal() if settings.scaled else torch.ones(layers)
     scale_L11 = scale_L.to(device)[:, None, None]
 
     def mean_loss(part_B: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ def train_routers(
     return routers.cpu(), report
 
 
-def _sizes(features: Features, items_N: torch.Tensor, batch: int) -> torch.Tensor:
+def state_sizes(features: Features, items_N: torch.Tensor, batch: int) -> torch.Tensor:
     """(L,), the root mean square of what enters each layer, over items, their windows and features; 1 where that is 0."""
     total_L, count = torch.zeros(features.pooled_NLWD.shape[1], dtype=torch.float64), 0
     for part_B in items_N.split(batch):

@@ -294,4 +294,4 @@ def test_the_size_of_the_states_does_not_matter(decoder: Decoder, tmp_path: Path
     sizes = [found.pooled_NLWD[TrainSettings(held_out=6).split(24)[0], layer] for layer in range(5)]
     real = found.real_NW[TrainSettings(held_out=6).split(24)[0]]
     by_hand = torch.stack([states[real].square().mean().sqrt() for states in sizes])
-    assert torch.allclose(train._sizes(found, TrainSettings(held_out=6).split(24)[0], 16), by_hand)
+    assert torch.allclose(train.state_sizes(found, TrainSettings(held_out=6).split(24)[0], 16), by_hand)
