@@ -4,9 +4,9 @@
 
 WORK gets the items (of benchmarks/route_items.py) and the folders of the commands; what is there is gone on with. ENGLISH_MODEL
 is any causal model, DOCUMENTS are texts that it has not seen; angular cuts are ranked on them too. Each model is run with the
-search as it is by default, which stops at a path two layers shorter, the demo also with all simulations on half of the items. Accuracy is
-on items of other documents or about other facts than those searched. Routers are trained once more on states as they are, not
-divided by their size, to see what that does.
+search as it is by default, which stops at a path two layers shorter; the demo also with all simulations, on half of the items.
+Accuracy is on items of other documents or about other facts than those searched. Routers are trained once more on states as
+they are, not divided by their size, to see what that does.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ def table_of_accuracy(runs: dict[str, Any]) -> str:
     for name, run in runs.items():
         found = run["measured"]
         base = found["base"]
-        lines.append(f"| {name} | whole model | {base['layers']:.0f} | {base['accuracy']:.3f} | | | |")
+        items = sum(one["items"] for one in found["items"].values())
+        lines.append(f"| {name} | whole model, {items} items | {base['layers']:.0f} | {base['accuracy']:.3f} | | | |")
         for one in sorted(found["routed"], key=lambda one: -one["dial"]):
             against = one["against"]
             cuts = {strategy: one["accuracy"] - made["difference"] for strategy, made in against.items()}
