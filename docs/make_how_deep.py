@@ -99,7 +99,7 @@ def cuts() -> str:
             f"{correlation['angle_skip']:.2f}, without layer 0 {correlation['angle_skip_without_layer_0']:.2f}). Of cuts of 1 to "
             f"{max(angular)} layers the angular one is better at {listing(ahead)}, the last n at {listing(behind)}."
         )
-    return table(["model", "cut", "whole", *(f"{n} layers" for n in SIZES)], rows) + "\n\n" + "\n".join(lines)
+    return table(["model", "cut", "whole", *(f"n = {n}" for n in SIZES)], rows) + "\n\n" + "\n".join(lines)
 
 
 def prompts() -> str:
@@ -137,8 +137,8 @@ def lenses() -> str:
         rows = [
             [f"{label}, {lens} lens", *(form(own[lens][value][layer]) for layer in layers)]
             for value, label, form in (
-                ("kl_final", "KL to the final prediction, nats", hundredths),
-                ("top1", "first choice right", percent),
+                ("kl_final", "KL(final ‖ lens), nats", hundredths),
+                ("top1", "first choice is the final one", percent),
             )
             for lens in ("tuned", "logit")
         ]
