@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -53,7 +54,7 @@ def write_record(out: str | None, device: str, shape: dict[str, Any], result: di
     """Print the result, and write it with what identifies the measurement to `out`."""
     record = {
         "commit": commit(),
-        "command": " ".join(["python", *map(_plain, sys.argv)]),
+        "command": shlex.join(["python", *map(_plain, sys.argv)]),
         "device": device_name(device),
         "shape": shape,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
@@ -75,5 +76,5 @@ def rounded(value: Any) -> Any:
 
 
 def _plain(argument: str) -> str:
-    """Arguments without the folders of the machine that measured."""
-    return "/".join(argument.split("/")[-2:]) if argument.startswith("/") else argument
+    """Arguments, alone or on both sides of `=`, without the folders of the machine that measured."""
+    return "=".join("/".join(part.split("/")[-2:]) if part.startswith("/") else part for part in argument.split("="))

@@ -52,9 +52,8 @@ def probe_depth(
 
     models: recipe names, Hub ids or folders. probes: of `depth_checks.PROBES`; None for the cheap ones. tasks, limit,
     task_folder: lm-eval tasks with letters as options, for the probe `choices`. eval_data: a file or `c4`, by default each
-    model's recipe's, else
-    C4's validation split. samples: documents (64), length: tokens that they are cut at (512, or
-    the model's context where that is shorter). reference: effective depth by the first layer that passes a threshold, as the
+    model's recipe's, else C4's validation split. samples: documents (64), length: tokens that they are cut at (512, or the
+    model's context where that is shorter). reference: effective depth by the first layer that passes a threshold, as the
     paper's notebooks have it, instead of the first from which all pass. prompt, answer: for `erasure` and `gradients`; by
     default the start of the first document. lens: a trained lens for `tuned` (a folder of ours or of the tuned-lens library);
     train_lens: steps, to train one instead. answers: a file for `answers`, JSON lines with `prompt` and `answer`.
