@@ -180,7 +180,20 @@ def cost() -> str:
     return (
         f"Against a bare pass over the same batches, {told[0]}, {told[1]}: it runs the head, a softmax and a top 5 for every "
         f"layer, and takes {parts} as long as a bare pass and these alone. The skip map runs half of the layers that one whole "
-        "pass for each skip would."
+        "pass for each skip would.\n\n" + on_gpu()
+    )
+
+
+def on_gpu() -> str:
+    """What the probes cost at the shape of a large model."""
+    record = read("depth_gpu.json")
+    ((name, found),) = record["models"].items()
+    residual = found["residual"]
+    return (
+        f"On {record['device']} at the shape of {name} ({found['layers']} layers, random bf16 weights, {found['documents']} documents "
+        f"of {record['shape']['length']} tokens): `residual` {residual['ratio']:.2f} times a bare pass "
+        f"({min(residual['ratios']):.2f} to {max(residual['ratios']):.2f}), `lens` {found['lens']['ratio']:.2f} times, which is "
+        f"{sorted(found['lens']['to_parts'])[2]:.2f} times a bare pass and head, softmax and top 5 of each layer alone."
     )
 
 

@@ -119,11 +119,22 @@ def overhead() -> str:
         return "What the decision costs on a GPU has not been measured yet (`benchmarks/route_overhead.py`)."
     record = read("route_overhead.json")
     shape = record["shape"]
-    told = ", ".join(f"{one['ratio'] - 1:+.1%} at {one['rows']} row{'s' * (one['rows'] > 1)}" for one in record["runs"])
+    runs = record["runs"]
+
+    def each(value: Any) -> str:
+        return ", ".join(f"{value(one)} at {one['rows']} row{'s' * (one['rows'] > 1)}" for one in runs)
+
+    routers = each(lambda one: f"{one['share_of_bare']['routers']:.1%}")
+    added = each(lambda one: f"{one['share_of_bare']['decide'] - one['share_of_bare']['prefill']:.1%}")
+    whole = each(lambda one: f"{one['ratio'] - 1:+.1%} ({min(one['ratios']) - 1:+.0%} to {max(one['ratios']) - 1:+.0%})")
+    same = each(lambda one: f"{one['same_tokens']:.0%}")
     return (
         f"On {record['device']}, {shape['layers']} layers of width {shape['hidden']} in {shape['dtype'].removeprefix('torch.')}, "
-        f"prompts of {shape['prompt']} and {shape['new']} new tokens, a routed model whose every layer is executed takes this much "
-        f"longer than transformers' own `generate`: {told} (`benchmarks/route_overhead.py`)."
+        f"prompts of {shape['prompt']} and {shape['new']} new tokens, every layer executed. Of the time of transformers' own "
+        f"`generate` the routers' arithmetic is {routers}; the pass that decides, which is the prefill, takes {added} more than a "
+        f"prefill alone. Whole generations: {whole}; they scatter that much between rounds, since Python sets their pace here. "
+        f"{same} of the tokens are those of `generate`: random weights make logits that bfloat16's rounding puts in another order "
+        "(in float32 on the CPU all are the same; `benchmarks/route_overhead.py`)."
     )
 
 

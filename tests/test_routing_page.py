@@ -42,10 +42,16 @@ def test_the_overhead_is_said_once_it_is_measured(tmp_path: Path, monkeypatch: p
     assert "has not been measured yet" in maker.overhead()
     record = {
         "device": "a GPU", "shape": {"layers": 32, "hidden": 4096, "dtype": "torch.bfloat16", "prompt": 256, "new": 128},
-        "runs": [{"rows": 1, "ratio": 1.0234}, {"rows": 8, "ratio": 1.01}],
+        "runs": [
+            {"rows": rows, "ratio": ratio, "ratios": [0.9, ratio, 1.2], "same_tokens": 0.25,
+             "share_of_bare": {"routers": 0.004 / rows, "decide": 0.014, "prefill": 0.01}}
+            for rows, ratio in ((1, 1.0234), (8, 1.01))
+        ],
     }  # fmt: skip
     (tmp_path / "route_overhead.json").write_text(json.dumps(record))
-    assert "+2.3% at 1 row, +1.0% at 8 rows" in maker.overhead()
+    told = maker.overhead()
+    assert "+2.3% (-10% to +20%) at 1 row, +1.0% (-10% to +20%) at 8 rows" in told
+    assert "arithmetic is 0.4% at 1 row, 0.1% at 8 rows" in told and "takes 0.4% at 1 row" in told and "25% at 1 row" in told
 
 
 def test_clozes_are_apart_and_the_same_again(tmp_path: Path) -> None:
