@@ -56,8 +56,7 @@ FLAGS = {
     | ITEMS
     | {"--simulations", "--length-penalty", "--exploration", "--random-share", "--longest-skip", "--stop-shorter", "--no-stop"}
     | {"--jobs", "--dtype"},
-    "route train": ROUTE
-    | {"--search", "--epochs", "--learning-rate", "--weight-decay", "--batch-size", "--warm-up", "--held-out"},
+    "route train": ROUTE | {"--search", "--epochs", "--learning-rate", "--weight-decay", "--batch-size", "--warm-up", "--held-out"},
     "route eval": ROUTE | ITEMS | {"--routers", "--dial", "--static", "--rank", "--dtype"},
     "route bake": ROUTE | ITEMS | {"--routers", "--eval-data", "--dtype", "--dial", "--always"},
     "recipes": {"--json", "-h", "--help"},
