@@ -190,8 +190,8 @@ def on_gpu() -> str:
     ((name, found),) = record["models"].items()
     residual = found["residual"]
     return (
-        f"On {record['device']} at the shape of {name} ({found['layers']} layers, random bf16 weights, {found['documents']} documents "
-        f"of {record['shape']['length']} tokens): `residual` {residual['ratio']:.2f} times a bare pass "
+        f"On {record['device']} at the shape of {name} ({found['layers']} layers, random bf16 weights, {found['documents']} "
+        f"documents of {record['shape']['length']} tokens): `residual` {residual['ratio']:.2f} times a bare pass "
         f"({min(residual['ratios']):.2f} to {max(residual['ratios']):.2f}), `lens` {found['lens']['ratio']:.2f} times, which is "
         f"{sorted(found['lens']['to_parts'])[2]:.2f} times a bare pass and head, softmax and top 5 of each layer alone."
     )
