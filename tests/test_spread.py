@@ -208,7 +208,7 @@ def wait_for(what: Any, seconds: float) -> bool:
 def test_a_killed_sweep_leaves_no_worker_and_is_gone_on_with(
     how: signal.Signals, run_inputs: Path, begun: Path, sweeps: list[subprocess.Popen[bytes]]
 ) -> None:
-    steps = ["--heal-steps", "40"]
+    steps = ["--heal-steps", "120"]  # long enough to be killed on a busy machine
     asked = json.loads((begun / "manifest.json").read_text())
     (begun / "manifest.json").write_text(json.dumps({**asked, "asked": {**asked["asked"], "heal": [], "heal_settings": None}}))
     line = command(run_inputs, begun, "--workers", "2", *steps)
