@@ -41,6 +41,8 @@ def sizes_of_shape(shape: Shape, weight_bytes: float, stored_bytes: float) -> Si
         stored=(int(layer * stored_bytes),) * shape.layers,
         width=shape.hidden,
         itemsize=2 if weight_bytes <= 2 else 4,
+        beside=0,
+        pair=2 if weight_bytes <= 2 else 4,
     )
 
 
