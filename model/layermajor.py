@@ -34,6 +34,7 @@ def sizes_of(streamed: StreamedModel) -> Sizes:
         rest=streamed.rest_bytes,
         layers=tuple(map(streamed.layer_bytes, layers)),
         stored=tuple(map(streamed.stored_bytes, layers)),
+        arriving=max(map(streamed.arriving_bytes, layers)),
         width=width,
         itemsize=streamed.decoder.model.dtype.itemsize,
         beside=beside,

@@ -18,13 +18,14 @@ PROCESS_BYTES = 700 << 20
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a streamed model: bytes of the weights outside the stack, of each layer in memory and as stored; the numbers in
-    a token's state, and the bytes of one. A batch keeps in memory what its layers are called with beside their states: bytes
-    of each token (`beside`), and of each token for each token of its row (`pair`: masks)."""
+    """Of a streamed model: bytes of the weights outside the stack, of each layer in memory and as stored, and what any takes
+    for a while when it comes; the numbers in a token's state, and the bytes of one. A batch keeps in memory what its layers
+    are called with beside their states: bytes of each token (`beside`), and of each pair of tokens of a row (`pair`: masks)."""
 
     rest: int
     layers: tuple[int, ...]
     stored: tuple[int, ...]
+    arriving: int
     width: int
     itemsize: int
     beside: int
@@ -93,18 +94,18 @@ def plan_passes(
     hold = (last,) if ends > 1 and last > 0 else ()
     most = stored_states(tree, hold)
     weights = sizes.rest + sum(sizes.layers[i] for i in hold) + 2 * max(sizes.layers[i] for i in layers)
-    arriving = max(sizes.stored[i] for i in layers)
     each = sum(sizes.stored[i] for i in layers)
     # what is no state stays where a batch is computed
     stays = [rows * tokens * (sizes.beside + tokens * sizes.pair) for rows, tokens in shapes]
     need = [stay + rows * tokens * sizes.itemsize * most * sizes.width for stay, (rows, tokens) in zip(stays, shapes, strict=True)]
     largest = max(need, default=0)
     if memory is None:
-        fixed = weights + arriving + working + PROCESS_BYTES
+        fixed = weights + sizes.arriving + working + PROCESS_BYTES
         here, host = 0, ram - fixed
     else:
-        fixed = weights + arriving + working
-        here, host = memory - fixed, ram - PROCESS_BYTES - 2 * arriving  # what arrives goes through the host
+        fixed = weights + sizes.arriving + working
+        # what arrives goes through the host
+        here, host = memory - fixed, ram - PROCESS_BYTES - 2 * max(sizes.stored[i] for i in layers)
     # a state lies in one place as a whole
     odd = max((rows * tokens * sizes.width * sizes.itemsize for rows, tokens in shapes), default=0) if here and host else 0
     room = max(0, here) + max(0, host) - odd if min(here, host) > 0 else max(here, host)

@@ -662,7 +662,7 @@ def test_a_plan_counts_all_that_a_batch_holds(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("memory", [None, 1 << 30])
 def test_masks_do_not_go_to_the_scratch_file(memory: int | None) -> None:
-    sizes = Sizes(rest=0, layers=(1 << 28,) * 4, stored=(1 << 28,) * 4, width=8, itemsize=4, beside=16, pair=1)
+    sizes = Sizes(rest=0, layers=(1 << 28,) * 4, stored=(1 << 28,) * 4, arriving=1 << 28, width=8, itemsize=4, beside=16, pair=1)
     tree = CutTree([tuple(range(4))], 4)
     shapes = [(1, 1000)] * 50
     stays = 1000 * (16 + 1000)
