@@ -96,7 +96,7 @@ def bake_routing(
             paths = _paths(source, place, prompts, value, dtype, device, trust_remote_code, progress)
             found = cut_of(paths, always)
             refused = _refusal(source, tuple(found["kept"]), trust_remote_code) if found["dropped"] else None
-            orders = [] if refused else prune_orders(source.name, found["blocks"], folder)
+            orders = [] if refused else prune_orders(source.name, found["blocks"], folder, trust_remote_code)
             return {"model": source.name, **found, "commands": orders, "refused": refused, "dial": value}
 
         with opened.phase("bake"):
@@ -164,12 +164,13 @@ def cut_of(paths: Sequence[tuple[int, ...]], always: float = 1.0) -> dict[str, A
     }  # fmt: skip
 
 
-def prune_orders(model: str, blocks: Sequence[Sequence[int]], folder: Path) -> list[str]:
+def prune_orders(model: str, blocks: Sequence[Sequence[int]], folder: Path, trust: bool = False) -> list[str]:
     """The commands that cut these blocks, one after another, from the deepest on: what lies before keeps its indices."""
     found = []
     for place, (start, stop) in enumerate(blocks, 1):
         out = str(folder / ("pruned" if place == len(blocks) else f"pruned-{place}"))
-        found.append(shlex.join(["layerprune", "prune", "--model", model, "--layers", f"{start}:{stop}", "--out", out]))
+        order = ["layerprune", "prune", "--model", model, "--layers", f"{start}:{stop}", "--out", out]
+        found.append(shlex.join([*order, *(["--trust-remote-code"] if trust else [])]))
         model = out
     return found
 

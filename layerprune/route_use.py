@@ -160,6 +160,7 @@ class Evaluation:
                     self.say(f"measuring the dial {name}")
                     with self.opened.phase(f"dial {name}"):
                         self.opened.once(routed_file(name), partial(self._routed, plan.dials[name]))
+                left(plan, read_json(self.opened.path / routed_file(name)))  # refuses after one dial what no dial can measure
             missing = self._missing_cuts()
             if missing:
                 self.say(f"measuring {len(set(missing.values()))} static cuts")

@@ -18,7 +18,7 @@ import torch
 
 from layerprune.model.decoder import Decoder, forward_logits, replaced_forwards, virtual_cut, width_of
 from layerprune.model.errors import Refused, model_errors, one_line
-from layerprune.model.layerwise import Batch, Layerwise, State
+from layerprune.model.layerwise import Batch, Layerwise, State, token_bytes
 from layerprune.model.passfile import Brought, PassFile
 from layerprune.model.passplan import PassPlan, Sizes, later, nodes_below, nodes_of, used_layers
 from layerprune.model.shelf import Shelf, Waiting
@@ -29,12 +29,16 @@ from layerprune.model.tree import CutTree, Node
 def sizes_of(streamed: StreamedModel) -> Sizes:
     """What `plan_passes` needs to know."""
     layers = range(len(streamed))
+    width, beside, pair = token_bytes(streamed.decoder)
     return Sizes(
         rest=streamed.rest_bytes,
         layers=tuple(map(streamed.layer_bytes, layers)),
         stored=tuple(map(streamed.stored_bytes, layers)),
-        width=width_of(streamed.decoder),
+        arriving=max(map(streamed.arriving_bytes, layers)),
+        width=width,
         itemsize=streamed.decoder.model.dtype.itemsize,
+        beside=beside,
+        pair=pair,
     )
 
 

@@ -11,13 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from layerprune.model.decoder import Decoder, Stop, first_hidden, forward_logits, hidden_of, replaced_forwards, tuple_length
+from layerprune.model.decoder import (
+    Decoder,
+    Stop,
+    first_hidden,
+    forward_logits,
+    hidden_of,
+    replaced_forwards,
+    tuple_length,
+    width_of,
+)
+from layerprune.model.errors import model_errors
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -88,6 +98,32 @@ class Layerwise:
             return forward_logits(self.decoder, ids_BT)
 
 
+def token_bytes(decoder: Decoder) -> tuple[int, int, int]:
+    """What a batch holds between two layers: the numbers in a token's state (several streams count together), the bytes of a
+    token that its layers are called with beside it, and those of each pair of tokens of a row (masks).
+
+    One short row with padding is recorded, for which no layer needs its weights.
+    """
+    tokens = 13
+    ids_BT, mask_BT = torch.ones((1, tokens), dtype=torch.long), torch.ones((1, tokens), dtype=torch.long)
+    mask_BT[0, -1] = 0
+    for length in (None, 1, 2):  # what layers return is not known before one of them has run
+        try:
+            batch = Layerwise(decoder, length).begin(ids_BT, mask_BT)
+        except model_errors():
+            continue
+        hidden = batch.start().hidden
+        batch.forget_start()
+        beside = pair = 0
+        for held in batch.held():
+            if held.shape[-2:] == (tokens, tokens):
+                pair += held.untyped_storage().nbytes()
+            else:
+                beside += held.untyped_storage().nbytes()
+        return hidden.numel() // tokens, -(-beside // tokens), -(-pair // tokens**2)
+    return width_of(decoder), 0, decoder.model.dtype.itemsize
+
+
 class Batch:
     """One batch of tokens in a layerwise pass."""
 
@@ -107,6 +143,20 @@ class Batch:
         self._calls = [
             ((None, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": None}) for args, kwargs in self._calls
         ]
+
+    def held(self) -> list[torch.Tensor]:
+        """The tensors that the recorded calls keep, one of those that share their memory."""
+        found: dict[int, torch.Tensor] = {}
+        waiting: list[Any] = list(self._calls)
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, torch.Tensor):
+                found.setdefault(value.untyped_storage().data_ptr(), value)
+            elif isinstance(value, Mapping):
+                waiting += value.values()
+            elif isinstance(value, list | tuple):
+                waiting += value
+        return list(found.values())
 
     @torch.no_grad()
     def step(self, layer: int, state: State) -> State:

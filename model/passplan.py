@@ -18,14 +18,18 @@ PROCESS_BYTES = 700 << 20
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a streamed model: bytes of the weights outside the stack, of each layer in memory and as stored; the numbers in
-    a token's state, and the bytes of one."""
+    """Of a streamed model: bytes of the weights outside the stack, of each layer in memory and as stored, and what any takes
+    for a while when it comes; the numbers in a token's state, and the bytes of one. A batch keeps in memory what its layers
+    are called with beside their states: bytes of each token (`beside`), and of each pair of tokens of a row (`pair`: masks)."""
 
     rest: int
     layers: tuple[int, ...]
     stored: tuple[int, ...]
+    arriving: int
     width: int
     itemsize: int
+    beside: int
+    pair: int
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class PassPlan:
 
     hold: layers that stay in memory during a pass. groups: the batches (by number) of each pass over the checkpoint. read: from
     the weight files, over all passes. fixed: what is in memory whatever the batches are, of the GPU where there is one. here,
-    host, file: what the states of the largest group take between layers on the device, in host memory and in a scratch file
-    (on a CPU nothing lies `here`). rooms: what may be taken of the first two. traffic: bytes to and from the scratch file, over all
-    passes. most: states of one token at once.
+    host, file: what the largest group takes between layers on the device, in host memory and in a scratch file
+    (on a CPU nothing lies `here`). rooms: what its states may take of the first two. traffic: bytes to and from the scratch file,
+    over all passes. most: states of one token at once.
     """
 
     hold: tuple[int, ...]
@@ -90,24 +94,27 @@ def plan_passes(
     hold = (last,) if ends > 1 and last > 0 else ()
     most = stored_states(tree, hold)
     weights = sizes.rest + sum(sizes.layers[i] for i in hold) + 2 * max(sizes.layers[i] for i in layers)
-    arriving = max(sizes.stored[i] for i in layers)
     each = sum(sizes.stored[i] for i in layers)
-    # a state as wide as its tokens stands for a mask, where rows are padded
-    need = [rows * tokens * sizes.itemsize * (most * sizes.width + tokens) for rows, tokens in shapes]
+    # what is no state stays where a batch is computed
+    stays = [rows * tokens * (sizes.beside + tokens * sizes.pair) for rows, tokens in shapes]
+    need = [stay + rows * tokens * sizes.itemsize * most * sizes.width for stay, (rows, tokens) in zip(stays, shapes, strict=True)]
     largest = max(need, default=0)
     if memory is None:
-        fixed = weights + arriving + working + PROCESS_BYTES
+        fixed = weights + sizes.arriving + working + PROCESS_BYTES
         here, host = 0, ram - fixed
     else:
-        fixed = weights + arriving + working
-        here, host = memory - fixed, ram - PROCESS_BYTES - 2 * arriving  # what arrives goes through the host
+        fixed = weights + sizes.arriving + working
+        # what arrives goes through the host
+        here, host = memory - fixed, ram - PROCESS_BYTES - 2 * max(sizes.stored[i] for i in layers)
     # a state lies in one place as a whole
     odd = max((rows * tokens * sizes.width * sizes.itemsize for rows, tokens in shapes), default=0) if here and host else 0
     room = max(0, here) + max(0, host) - odd if min(here, host) > 0 else max(here, host)
     short = here < 0 or host < 0
-    if not need or short or largest > room + scratch:
+    own_room = max(0, host if memory is None else here)
+    cramped = max(stays, default=0) > own_room
+    if not need or short or cramped or largest > room + scratch:
         option, given, spare = "--ram", ram, host
-        if memory is not None and (here < 0 or host >= 0 and largest > room and here > host):
+        if memory is not None and (here < 0 or host >= 0 and (cramped or largest > room and here > host)):
             option, given, spare = "--memory", memory, here
         least = given - spare + (largest if not short or memory is None else 0)
         raise Refused(
@@ -118,20 +125,22 @@ def plan_passes(
 
     def made(limit: int) -> PassPlan:
         groups: list[list[int]] = [[]]
-        used = 0
-        for number, size in enumerate(need):
-            if groups[-1] and used + size > limit:
+        used = staying = 0
+        for number, (size, stay) in enumerate(zip(need, stays, strict=True)):
+            if groups[-1] and (used + size > limit or staying + stay > own_room):
                 groups.append([])
-                used = 0
+                used = staying = 0
             groups[-1].append(number)
             used += size
+            staying += stay
+        taken = max(sum(stays[i] for i in group) for group in groups)
         sums = [sum(need[i] for i in group) for group in groups]
         beyond = sum(max(0, size - room) for size in sums)
         at = max(sums)
         own = (min(at, max(0, here)), min(max(0, at - max(0, here)), max(0, host)))
         return PassPlan(
             hold, tuple(map(tuple, groups)), each * len(groups), fixed, *own, at - sum(own) if at > room else 0,
-            (max(0, here), max(0, host)), beyond * moved // most, most,
+            (0, own_room - taken) if memory is None else (own_room - taken, max(0, host)), beyond * moved // most, most,
         )  # fmt: skip
 
     plans = [made(limit) for limit in dict.fromkeys((room, room + scratch)) if limit >= largest]

@@ -22,7 +22,7 @@ from layerprune.model.errors import Refused, model_errors, one_line
 from layerprune.model.feed import DTYPES, read_onto
 from layerprune.model.fingerprint import checkpoint_fingerprint
 from layerprune.model.load import check_keys, pick_device, pick_dtype, quiet_transformers, refuse_quantised
-from layerprune.model.nf4 import NF4_BYTES, is_packable, pack, unquantised
+from layerprune.model.nf4 import CPU_PACKING_BYTES, NF4_BYTES, is_packable, pack, unquantised
 from layerprune.model.plan import find_stack, is_stray_buffer, split_name
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
@@ -89,6 +89,14 @@ class StreamedModel:
             t.numel() * NF4_BYTES if id(held) in packed and name == "weight" else t.nbytes for held, name, t in self._slots[layer]
         ]
         return int(sum(sizes))
+
+    def arriving_bytes(self, layer: int) -> int:
+        """What a layer takes for a while when it comes, beside what it takes then: as it is stored, and before it is packed."""
+        sizes = [linear.weight.numel() for linear in self._packed[layer]]
+        if not sizes:
+            return self.stored_bytes(layer)
+        packing = CPU_PACKING_BYTES * max(sizes) if self.device.type == "cpu" else 0
+        return int(sum(t.nbytes for _, _, t in self._slots[layer])) + max(self.stored_bytes(layer), packing)
 
     def stored_bytes(self, layer: int) -> int:
         return sum(t.nbytes for t in self._groups[layer].values())

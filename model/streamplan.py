@@ -39,8 +39,11 @@ def sizes_of_shape(shape: Shape, weight_bytes: float, stored_bytes: float) -> Si
         rest=int(rest * weight_bytes),
         layers=(int(layer * weight_bytes),) * shape.layers,
         stored=(int(layer * stored_bytes),) * shape.layers,
+        arriving=int(layer * stored_bytes),
         width=shape.hidden,
         itemsize=2 if weight_bytes <= 2 else 4,
+        beside=0,
+        pair=2 if weight_bytes <= 2 else 4,
     )
 
 

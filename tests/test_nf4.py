@@ -17,6 +17,7 @@ from layerprune.eval.sweep import sweep_live
 from layerprune.model.budget import Budget, streaming_budget
 from layerprune.model.config import auto_class
 from layerprune.model.decoder import forward_logits, view_decoder
+from layerprune.model.layermajor import sizes_of
 from layerprune.model.load import dtype_name, load_model
 from layerprune.model.nf4 import NF4_BYTES, compute_dtype
 from layerprune.model.stream import StreamedModel
@@ -74,6 +75,11 @@ def test_a_layer_takes_a_quarter_and_goes_again(wide: Path) -> None:
         saved = sum((2 - NF4_BYTES) * m.in_features * m.out_features for m in four)
         if compute_dtype("cpu") == torch.bfloat16:
             assert streamed.layer_bytes(layer) == int(plain.layer_bytes(layer) - saved)
+        dense = plain.layer_bytes(layer)  # all of it is there before the first linear layer is packed
+        largest = max(m.in_features * m.out_features for m in four)
+        assert streamed.arriving_bytes(layer) == dense + max(streamed.stored_bytes(layer), 22 * largest)
+        assert plain.arriving_bytes(layer) == plain.stored_bytes(layer)
+    assert sizes_of(streamed).arriving == max(map(streamed.arriving_bytes, range(2)))
     assert not any("forward" in m.__dict__ for layer in streamed.decoder.layers for m in layer.modules())
     assert all(t.is_meta for layer in streamed.decoder.layers for t in layer.parameters())
 

@@ -229,6 +229,7 @@ def test_items_of_the_search_are_left_out(run_inputs: Path, tmp_path: Path, make
     routers = make(about={"prompts": keys}, name="all")
     with pytest.raises(Refused, match="all 12 items of tiny were in the search"):
         evaluate_routing(run_inputs / "model", routers, **options(run_inputs, tmp_path / "none", dials=["router"], static="none"))
+    assert [path.name for path in (tmp_path / "none/parts").iterdir()] == ["dial-execute.json"]  # the other is not measured in vain
 
 
 def test_a_killed_evaluation_goes_on_and_takes_more_dials(
@@ -413,6 +414,9 @@ def test_shares_and_blocks_by_hand() -> None:
         "layerprune prune --model 'm y' --layers 4:6 --out o/pruned-1",
         "layerprune prune --model o/pruned-1 --layers 1:2 --out o/pruned",
     ]  # fmt: skip
+    assert prune_orders("m", [(1, 2)], Path("o"), trust=True) == [
+        "layerprune prune --model m --layers 1:2 --out o/pruned --trust-remote-code"
+    ]
     with pytest.raises(UsageError, match="drops all 4 layers"):
         cut_of([(0, 0, 1, 1), (1, 1, 0, 0)], always=0.5)
 
