@@ -23,6 +23,9 @@ from layerprune.model.errors import UsageError
 
 _BISECTIONS = 45  # halvings of an angle or of a multiplier: about 1e-13
 _DRAWN = 1 << 20  # items drawn at a time by the bootstrap: 8 MiB
+_STEEP = 1.5  # times the mean rise up to there and over it: less is no cliff
+_WORN = 0.5  # of the way to a uniform guess: a loss beyond it before its sharpest rise has no cliff
+_STEEP = 2.0  # times the mean rise elsewhere: what rises less has no cliff
 _ROUNDING = 1e-12  # two equal shares may differ by this much in floating point
 
 
@@ -84,8 +87,10 @@ class Transition:
 class LossRise:
     """The sharpest rise of normalised loss, from depth from_n to to_n, the next one with a finite loss.
 
-    increase: of the loss; per_layer: increase / (to_n - from_n), the largest there is. All None where the loss never
-    rises. above_one, with its fraction of the layers: the first depth worse than a uniform guess, None if never.
+    increase: of the loss; per_layer: increase / (to_n - from_n), the largest there is. used: the share of the way from the
+    loss at the first depth to 1 that is behind at from_n; below 0 where the loss fell. mean_per_layer: the mean rise of a
+    layer from the first depth to the last that is counted. All None where the loss never rises.
+    above_one, with its fraction of the layers: the first depth worse than a uniform guess, None if never; from_n is below.
     """
 
     from_n: int | None
@@ -94,6 +99,8 @@ class LossRise:
     to_fraction: float | None
     increase: float | None
     per_layer: float | None
+    used: float | None
+    mean_per_layer: float | None
     above_one: int | None
     above_one_fraction: float | None
 
@@ -338,7 +345,8 @@ def loss_rise(drops: Sequence[int], losses: Sequence[float | None], layers: int)
     """Where normalised loss (0 certainty, 1 a uniform guess) rises most a layer, and where it first is above 1.
 
     losses: one for each of the D depths. None and nan count as not measured, and the rise is then taken over the gap;
-    of equal rises the first counts. Infinity is above 1 but has no finite rise. Raises ValueError.
+    of equal rises the first counts. A rise that starts where the model is broken already, from the first depth above 1 on,
+    does not count. Infinity is above 1 but has no finite rise. Raises ValueError.
     """
     depths = _check_drops(drops)
     _check_layers(depths, layers)
@@ -347,9 +355,14 @@ def loss_rise(drops: Sequence[int], losses: Sequence[float | None], layers: int)
     measured = [(n, loss) for n, loss in zip(depths, losses, strict=True) if loss is not None and not math.isnan(loss)]
     above = next((n for n, loss in measured if loss > 1), None)
     finite = [(n, float(loss)) for n, loss in measured if math.isfinite(loss)]
-    steps = [((b - a) / (m - n), n, m, b - a) for (n, a), (m, b) in zip(finite, finite[1:], strict=False)]
+    sound = [pair for pair in zip(finite, finite[1:], strict=False) if above is None or pair[0][0] < above]
+    steps = [((b - a) / (m - n), n, m, b - a) for (n, a), (m, b) in sound]
     per_layer, start, stop, increase = max(steps, key=lambda step: step[0], default=(0.0, 0, 0, 0.0))
     rises = per_layer > 0
+    mean = (sound[-1][1][1] - sound[0][0][1]) / (sound[-1][1][0] - sound[0][0][0]) if sound else 0.0
+    others = [(m - n, more) for _, n, m, more in steps if n != start]
+    elsewhere = sum(more for _, more in others) / sum(wide for wide, _ in others) if rises and others else None
+    used = (dict(finite)[start] - finite[0][1]) / (1 - finite[0][1]) if rises and finite[0][1] < 1 else None
     return LossRise(
         from_n=start if rises else None,
         to_n=stop if rises else None,
@@ -357,9 +370,30 @@ def loss_rise(drops: Sequence[int], losses: Sequence[float | None], layers: int)
         to_fraction=stop / layers if rises else None,
         increase=increase if rises else None,
         per_layer=per_layer if rises else None,
+        used=used,
+        elsewhere=elsewhere,
+        mean_per_layer=mean if rises else None,
         above_one=above,
         above_one_fraction=None if above is None else above / layers,
     )
+
+
+def deepest_cliff(series: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The series whose loss stays low for the most layers and then rises sharply; None where no series has such a cliff.
+
+    series: as `analyse` returns them. A loss that has gone more than half of its way to 1 before its sharpest rise wears
+    out evenly, and where it happens to rise most says nothing of a depth to stop at; nor does a rise that is hardly above the mean.
+    """
+    steep = {name: one["loss"]["from_n"] for name, one in series.items() if one["loss"] and _is_cliff(one["loss"])}
+    return max(steep, key=lambda name: steep[name], default=None)
+
+
+def _is_cliff(loss: Mapping[str, Any]) -> bool:
+    if loss["from_n"] is None or (loss["above_one"] is not None and loss["from_n"] >= loss["above_one"]):
+        return False
+    mean = loss.get("mean_per_layer")
+    steep = mean is None or loss["per_layer"] >= _STEEP * mean
+    return steep and (loss.get("used") or 0) <= _WORN
 
 
 def recommend(plateaus: Mapping[str, Plateau]) -> Recommendation:

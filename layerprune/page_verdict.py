@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from layerprune.eval.collapse import deepest_cliff
 from layerprune.figures import number
 from layerprune.model.cuts import describe_dropped, drop_count
 from layerprune.page_words import NAMES, Facts, Row, count, fixed, percent, size, speed_of
@@ -68,7 +69,7 @@ def _by_loss(layers: int, own: Mapping[str, Sequence[Row]], collapse: Row, evalu
     why = next((found["why"] for found in advice.values()), "No task was measured.")
     points: list[tuple[str, Any]] = [("Why the loss", why)]
     rises = {
-        name: one["loss"] for name, one in collapse.get("series", {}).items()
+        name: one for name, one in collapse.get("series", {}).items()
         if name in own and len(own[name]) > 2 and one["loss"] and one["loss"]["to_n"] is not None
     }  # fmt: skip
     if not rises:
@@ -76,14 +77,17 @@ def _by_loss(layers: int, own: Mapping[str, Sequence[Row]], collapse: Row, evalu
         head = "Not decided: no task above chance, and no sharpest rise of the loss" if flat else "Nothing to decide yet"
         points.append(("To decide", "Measure more depths, and tasks on which the whole model is above chance (--tasks)."))
         return {"head": head, "points": points, "cut": None}
-    best = max(rises, key=lambda name: rises[name]["from_n"])
-    n, beyond = rises[best]["from_n"], rises[best]["to_n"]
+    decide = ("To decide", "A loss says little of what a model still knows: measure tasks that the whole model can do.")
+    best = deepest_cliff(rises)
+    if best is None:
+        return {"head": "Not decided: the loss rises evenly, no cliff", "points": [*points, decide], "cut": None}
+    n, beyond = rises[best]["loss"]["from_n"], rises[best]["loss"]["to_n"]
     cut, after = _pick(own[best], n), _pick(own[best], beyond)
     rise = f"From {n} to {beyond} layers dropped: {fixed(cut['loss'], 4)} to {fixed(after['loss'], 4)}."
     points.append(("Sharpest rise", rise))
     if n:
         points += [_drop(best, cut, layers), _loss_cost(own[best][0], cut), _saving(own[best][0], cut, layers, evaluation)]
-    points.append(("To decide", "A loss says little of what a model still knows: measure tasks that the whole model can do."))
+    points.append(decide)
     head = f"By the loss alone: at most {n} of {layers} layers" if n else "By the loss alone: the first cut costs most"
     return {"head": head, "points": points, "cut": (best, n) if n else None}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from layerprune.eval.collapse import deepest_cliff
+
 _NAMES = {"whole": "whole", "pruned": "after cutting", "healed": "after healing"}
 
 
@@ -93,7 +95,7 @@ def format_collapse(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"  not counted, since no item is right or wrong there: {', '.join(one['not_counted'])}")
     best = found["verdict"]
     if best is not None:
-        lines += ["", _advice(best, found["keep"])]
+        lines += ["", _by_loss(best["why"], found) if best["status"] == "no task above chance" else _advice(best, found["keep"])]
     return lines
 
 
@@ -102,9 +104,17 @@ def _advice(best: Mapping[str, Any], keep: float) -> str:
     likely = f"by the estimates alone {best['likely']} layers could go ({best['series']})"
     if best["n"]:
         return f"recommended: drop {best['n']} layers ({best['series']}) to {goal}" + f"; {likely}" * (best["likely"] > best["n"])
-    if best["status"] == "no task above chance":
-        return f"no recommendation: {best['why']}"
     return f"recommended: no cut is shown to {goal}" + f"; {likely}, which more items would show" * (best["likely"] > 0)
+
+
+def _by_loss(why: str, found: Mapping[str, Any]) -> str:
+    """Where no task speaks, what the page says of the loss too."""
+    name = deepest_cliff(found["series"])
+    if name is not None:
+        n = found["series"][name]["loss"]["from_n"]
+        return (f"by the loss alone: at most {n} of {found['layers']} layers ({name}). " if n else "no recommendation: ") + why
+    rises = any(one["loss"] and one["loss"]["to_n"] is not None for one in found["series"].values())
+    return "no recommendation: " + "the loss rises evenly, no cliff. " * rises + why
 
 
 def _columns(lines: list[tuple[str, ...]]) -> list[str]:

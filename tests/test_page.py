@@ -22,6 +22,7 @@ from layerprune.model.cuts import drop_count
 from layerprune.model.errors import Refused
 from layerprune.model.files import read_json, write_json
 from layerprune.page import _fraction, write_report
+from layerprune.report import format_collapse
 
 HOSTILE = "<script>alert('x')</script><b>\"&"
 LONG = "hella_with_a_very_long_name"
@@ -177,6 +178,33 @@ def test_without_tasks_the_loss_speaks(tmp_path: Path) -> None:
     assert head(html) == f"By the loss alone: at most {max(loss['from_n'] for loss in losses)} of 24 layers"
     assert "No task was measured." in points(html)
     assert_valid(html)
+
+
+def loss_page(folder: Path, losses: list[float]) -> tuple[str, str]:
+    """The page and the terminal's words of a sweep by `last` that measured nothing but these losses, from n = 0 on."""
+    layers = len(losses)
+    rows = [{**measured(layers, "last", n, False, 0, 0), "loss": loss} for n, loss in enumerate(losses)]
+    folder.mkdir()
+    write_curve(folder, "tiny", layers, rows, 0.95)
+    return page(folder), "\n".join(format_collapse(read_json(folder / "collapse.json")))
+
+
+def test_a_loss_that_wears_out_evenly_offers_no_cut(tmp_path: Path) -> None:
+    even = [0.4 + 0.03 * n for n in range(30)]  # above 1 from n = 21 on
+    jump = [*even, 1.3, 3.0]  # and the largest jump at the last layer, where nothing is left
+    for name, losses in (("jump", jump), ("late", [*even[:16], 0.95, 0.96])):  # "late": a cliff after 0.45 of 0.6
+        html, terminal = loss_page(tmp_path / name, losses)
+        assert head(html) == "Not decided: the loss rises evenly, no cliff"
+        assert "--drop" not in points(html) and "parameters" not in points(html)
+        assert "no recommendation: the loss rises evenly, no cliff" in terminal and "by the loss alone" not in terminal
+        assert_valid(html)
+
+
+def test_a_cliff_of_the_loss_is_offered_whatever_follows_it(tmp_path: Path) -> None:
+    losses = [0.4 + 0.01 * n for n in range(12)] + [1.2 + 0.01 * n for n in range(19)] + [5.0]
+    html, terminal = loss_page(tmp_path / "a", losses)
+    assert head(html) == "By the loss alone: at most 11 of 32 layers" and "--drop" in points(html)
+    assert "by the loss alone: at most 11 of 32 layers (last)" in terminal
 
 
 def test_only_the_curve_is_needed(tmp_path: Path) -> None:
