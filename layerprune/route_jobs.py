@@ -103,8 +103,9 @@ def _in_processes(search: Search, left: Sequence[int], work: Path, jobs: int, pr
             waiting = list(running)
             while waiting:
                 time.sleep(0.2)
-                for part in read:
-                    progress(_new_records(part, read))
+                new = sum(_new_records(part, read) for part in read)
+                if new:  # tqdm redraws even where nothing is new, a line each time where stderr is no terminal
+                    progress(new)
                 for worker, part in list(waiting):
                     fault = worker.ended()
                     if fault:

@@ -255,10 +255,16 @@ def test_it_prints_a_table_once_more_and_refuses_other_inputs(
     assert {path: path.read_bytes() for path in searched.iterdir()} == before
 
 
-def test_processes_find_the_same(model: Path, items_file: Path, searched: Path, tmp_path: Path) -> None:
+def test_processes_find_the_same(
+    model: Path, items_file: Path, searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_processes = route_jobs._in_processes
     options: dict[str, Any] = {"items": items_file, "simulations": 60, "stop_shorter": None, "device": "cpu", "say": silent}
+    told: list[int] = []
+    monkeypatch.setattr(route_jobs, "_in_processes", lambda *args: in_processes(*args[:-1], told.append))
     search_routing(model, out=tmp_path / "two", jobs=2, **options)
     assert (tmp_path / "two" / "paths.jsonl").read_bytes() == (searched / "paths.jsonl").read_bytes()
+    assert sum(told) == 14 and 0 not in told, "a bar is drawn again only when something has been found"
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["manifest.json", "paths.jsonl", "search.json"]
 
 
