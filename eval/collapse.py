@@ -360,8 +360,6 @@ def loss_rise(drops: Sequence[int], losses: Sequence[float | None], layers: int)
     per_layer, start, stop, increase = max(steps, key=lambda step: step[0], default=(0.0, 0, 0, 0.0))
     rises = per_layer > 0
     mean = (sound[-1][1][1] - sound[0][0][1]) / (sound[-1][1][0] - sound[0][0][0]) if sound else 0.0
-    others = [(m - n, more) for _, n, m, more in steps if n != start]
-    elsewhere = sum(more for _, more in others) / sum(wide for wide, _ in others) if rises and others else None
     used = (dict(finite)[start] - finite[0][1]) / (1 - finite[0][1]) if rises and finite[0][1] < 1 else None
     return LossRise(
         from_n=start if rises else None,
@@ -371,7 +369,6 @@ def loss_rise(drops: Sequence[int], losses: Sequence[float | None], layers: int)
         increase=increase if rises else None,
         per_layer=per_layer if rises else None,
         used=used,
-        elsewhere=elsewhere,
         mean_per_layer=mean if rises else None,
         above_one=above,
         above_one_fraction=None if above is None else above / layers,
