@@ -25,7 +25,6 @@ _BISECTIONS = 45  # halvings of an angle or of a multiplier: about 1e-13
 _DRAWN = 1 << 20  # items drawn at a time by the bootstrap: 8 MiB
 _STEEP = 1.5  # times the mean rise up to there and over it: less is no cliff
 _WORN = 0.5  # of the way to a uniform guess: a loss beyond it before its sharpest rise has no cliff
-_STEEP = 2.0  # times the mean rise elsewhere: what rises less has no cliff
 _ROUNDING = 1e-12  # two equal shares may differ by this much in floating point
 
 

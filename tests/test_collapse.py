@@ -265,7 +265,7 @@ def test_loss() -> None:
     assert (rise.from_n, rise.to_n, rise.from_fraction, rise.to_fraction) == (1, 3, 0.125, 0.375)
     assert (rise.increase, rise.per_layer) == pytest.approx((0.5, 0.25))
     assert (rise.above_one, rise.above_one_fraction) == (6, 0.75)
-    assert (rise.used, rise.elsewhere) == pytest.approx((0.1 / 0.7, (0.1 + 0.6) / 4))
+    assert rise.used == pytest.approx(0.1 / 0.7)
     assert loss_rise([0, 1, 2, 3], [0.3, 0.4, 1.1, 9.0], 8).to_n == 2  # what is broken already breaks no more
     gap = loss_rise([0, 1, 2, 4], [0.3, None, math.nan, 1.0], 8)
     assert (gap.from_n, gap.to_n, gap.per_layer, gap.above_one) == (0, 4, pytest.approx(0.175), None)
