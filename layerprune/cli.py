@@ -243,8 +243,10 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 @click.option("--length", type=int, metavar="T", help="Tokens of a packed sequence  [the recipe's; 2048, or the model's context].")
 @click.option("--targets", metavar="A,B", help="What gets adapters: mlp, attention, or names of linear layers  [the MLP].")
 @click.option("--adapters", metavar="WHERE", help="all layers, those after the cut, or window:K, K on each side of it  [all].")
-@click.option("--distil", type=float, metavar="W", help="Add W times KL(unpruned || healed) to the loss  [0].")
-@click.option("--bridge", type=click.Choice(["map", "projection"]), help="Begin with a least-squares map over the cut.")
+@click.option("--distil", type=float, metavar="W", help="Add W times KL(unpruned || healed) to the loss, not with --bridge  [0].")
+@click.option(
+    "--bridge", type=click.Choice(["map", "projection"]), help="Begin with a least-squares map over the cut, not with --distil."
+)
 @click.option("--teacher", metavar="M", help="The unpruned model, for --distil and --bridge  [the one the cut's record names].")
 @click.option(
     "--packing", type=click.Choice(["documents", "joined", "truncate"]),
