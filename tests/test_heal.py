@@ -566,6 +566,10 @@ def test_healing_again_keeps_the_first_record(base: Path, data: str, healed: tup
         ({"ram": "much"}, "--ram much is no amount of memory"),
         ({"memory": "8GiB"}, "--memory is the GPU's, and this healing runs on the CPU: use --ram"),
         ({"tokens": 100}, "--heal-steps 12 and --heal-tokens 100 both say"),
+        (
+            {"targets": ["foo"]},
+            r"it has mlp.down_proj, mlp.gate_proj, mlp.up_proj; attention.* has self_attn.k_proj, self_attn.o_proj,",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_told(build_llama: Any, data: str, tmp_path: Path, changed: dict[str, Any], told: str) -> None:
