@@ -58,8 +58,10 @@ def check_reports(report_to: Sequence[str]) -> None:
     there = get_available_reporting_integrations()
     odd = [name for name in report_to if name not in (*there, "all", "none")]
     if odd:
+        known = odd[0] in ("tensorboard", "wandb", "trackio")
         raise UsageError(
-            f"--report-to {odd[0]} is not to be had here: install its package"
+            f"--report-to {odd[0]} is not to be had here: "
+            + (f"pip install {odd[0]}" if known else "install its package")
             + (f", or take one of {', '.join(there)}" if there else "")
         )
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from layerprune.heal import quantise, trainer, watch
+from layerprune.heal.checks import check_reports
 from layerprune.heal.merge import Stored, _live_weight, locate, merge_adapter, merged_weight, read_tensor
 from layerprune.heal.packing import pack
 from layerprune.heal.settings import heal_settings
@@ -555,10 +556,14 @@ def test_healing_again_keeps_the_first_record(base: Path, data: str, healed: tup
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"report_to": ["nonsense"]}, "--report-to nonsense is not to be had here"),
+        ({"report_to": ["nonsense"]}, "--report-to nonsense is not to be had here: install its package"),
         ({"adapters": "window:²"}, "--adapters window:² is none of"),
         ({"adapters": "after"}, "counts from the cut, and this checkpoint has none on record"),
         ({"targets": []}, "--targets is empty"),
+        (
+            {"targets": ["foo"]},
+            r"it has mlp.down_proj, mlp.gate_proj, mlp.up_proj; attention.* has self_attn.k_proj, self_attn.o_proj,",
+        ),
         ({"targets": ["q_proj"]}, r"self_attn.q_proj is elsewhere: write it out, or take `attention`"),
         ({"teacher": "demo"}, "--teacher demo is for --distil or --bridge"),
         ({"distil": 1.0, "bridge": "map"}, "--distil and --bridge cannot be combined"),
@@ -566,10 +571,6 @@ def test_healing_again_keeps_the_first_record(base: Path, data: str, healed: tup
         ({"ram": "much"}, "--ram much is no amount of memory"),
         ({"memory": "8GiB"}, "--memory is the GPU's, and this healing runs on the CPU: use --ram"),
         ({"tokens": 100}, "--heal-steps 12 and --heal-tokens 100 both say"),
-        (
-            {"targets": ["foo"]},
-            r"it has mlp.down_proj, mlp.gate_proj, mlp.up_proj; attention.* has self_attn.k_proj, self_attn.o_proj,",
-        ),
     ],
 )
 def test_settings_that_cannot_be_are_told(build_llama: Any, data: str, tmp_path: Path, changed: dict[str, Any], told: str) -> None:
@@ -577,3 +578,11 @@ def test_settings_that_cannot_be_are_told(build_llama: Any, data: str, tmp_path:
     with pytest.raises(UsageError, match=told):
         heal_checkpoint(folder, tmp_path / "out", data=data, report=lambda line: None, **{**SMALL, **changed})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_report_whose_package_is_missing_names_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["mlflow"])
+    with pytest.raises(UsageError, match=f"{name} is not to be had here: pip install {name}, or take one of mlflow"):
+        check_reports([name])
+    check_reports(["mlflow"])
