@@ -70,9 +70,18 @@ def format_healing(result: Mapping[str, Any], out: str | None) -> str:
         f"trained: {result['trainable']:,} parameters in {', '.join(result['modules'])} ({result['quantisation']})",
         f"training loss {losses['first']:.4f} -> {losses['last']:.4f} nats a token{taught} in {seconds['train']:,.0f} s; merged in "
         f"{seconds['merge']:,.0f} s",
+        *_held_out(result),
         f"adapter: {result['adapter'] if out is None else Path(out) / result['adapter']}",
     ]
     return "\n".join(lines + ([f"checkpoint: {out}"] if out is not None else []))
+
+
+def _held_out(result: Mapping[str, Any]) -> list[str]:
+    """The held-out loss at both ends, where it was measured there."""
+    measured = result.get("held_out") or []
+    if len(measured) < 2:
+        return []
+    return [f"held-out loss {measured[0][1]:.4f} -> {measured[-1][1]:.4f} (normalised)"]
 
 
 def _told(result: Mapping[str, Any]) -> dict[str, str]:

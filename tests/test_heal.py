@@ -250,6 +250,10 @@ def test_healing_lowers_the_loss_and_records_what_it_did(
     assert not (out.parent / f".{out.name}.work").exists()
     text = format_healing(result, str(out))
     assert f"adapter: {out / 'adapter'}" in text and "lora_rank 4 (user)" in text
+    (first, begun), *_, (last, ended) = result["held_out"]
+    assert (first, last) == (0, 12) and ended < begun
+    assert f"held-out loss {begun:.4f} -> {ended:.4f} (normalised)" in text.splitlines()
+    assert "held-out" not in format_healing({**result, "held_out": []}, str(out))
 
 
 def test_only_the_trained_weights_change(base: Path, healed: tuple[Path, Any, Any]) -> None:
@@ -523,9 +527,11 @@ def test_a_bridge_alone_is_told_and_leaves_the_held_out_documents(
         return read(tokenizer, texts, *args, **kwargs)
 
     monkeypatch.setattr(bridge, "tokenise", seen)
-    more = {"data": data, "length": 32, "device": "cpu", "report": lambda line: None}
+    said: list[str] = []
+    more = {"data": data, "length": 32, "device": "cpu", "report": said.append}
     result = heal_checkpoint(cut_pair, tmp_path / "bridged", bridge="map", steps=0, **more)
-    assert "bridge over layers" in format_healing(result, str(tmp_path / "bridged"))
+    said += format_healing(result, str(tmp_path / "bridged")).splitlines()
+    assert sum("bridge over layers" in line for line in said) == 1, "not on stderr and in the result"
     held = set(map(document_hash, validation_documents(None, data, 32, 0)))
     assert held and used and not held & set(map(document_hash, used))
 
