@@ -586,6 +586,13 @@ def test_settings_that_cannot_be_are_told(build_llama: Any, data: str, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_too_little_ram_is_refused_before_anything_is_loaded(base: Path, data: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(Refused, match="does not fit in --ram 0.29GiB: the process and the model take 0.68 GiB alone"):
+        heal_checkpoint(base, tmp_path / "out", data=data, report=said.append, ram="300MiB", **SMALL)
+    assert said == [] and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_report_whose_package_is_missing_names_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["mlflow"])
