@@ -32,10 +32,13 @@ from layerprune.depth_checks import PROBES
 
 
 class _Group(click.Group):
-    """Prints what the library refuses as one sentence and exits 2 (usage) or 1 (refused); the rest keeps its traceback."""
+    """Prints what the library refuses as one sentence and exits 2 (usage), 1 (refused) or 130 (stopped).
+
+    The rest keeps its traceback.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
-        from layerprune.model.errors import LayerpruneError
+        from layerprune.model.errors import LayerpruneError, Stopped
 
         # Beside another busy process, threads that spin for each other take the cores that they wait for: torch's OpenMP
         # is told to spin for microseconds only, before it is loaded. Alone on a machine that costs nothing.
@@ -49,6 +52,9 @@ class _Group(click.Group):
             if "RANK" not in os.environ or not _said_elsewhere(error):
                 click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except Stopped as stop:
+            click.echo(f"Stopped: {stop}", err=True)
+            ctx.exit(stop.exit_code)
 
 
 def _said_elsewhere(error: Exception) -> bool:
