@@ -10,7 +10,7 @@ from layerprune.heal.kernels import check_kernels
 from layerprune.heal.packing import check_one_sequence
 from layerprune.heal.settings import Healing, heal_settings
 from layerprune.heal.teacher import Teacher, find_teacher
-from layerprune.heal.world import world_size
+from layerprune.heal.world import local_processes, world_size
 from layerprune.model.config import load_config
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.load import load_tokenizer, pick_device
@@ -73,6 +73,13 @@ def check_device(device: str, memory: int | None = None) -> None:
     kind, _, index = device.partition(":")
     if kind == "cuda" and index not in ("", "0") and world_size() == 1:
         raise UsageError(f"--device {device} cannot heal: set CUDA_VISIBLE_DEVICES={index} and leave --device out")
+
+
+def check_ram(ram: int | None, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse host memory that not even the process and the stored model in NF4 fit in."""
+    from layerprune.heal.memory import refuse_ram
+
+    refuse_ram(ram, sum(t.numel for t in stored.values()), local_processes())
 
 
 def pick_teacher(source: ModelSource, settings: Healing, given: str | Path | None, trust: bool) -> Teacher | None:

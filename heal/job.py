@@ -50,7 +50,8 @@ class Job:
 
     def bridge_only(self) -> dict[str, Any]:
         """The bridged checkpoint as the result, without any training."""
-        return first_alone(lambda: self._bridge(self.out), self.device)
+        # what it gives is the result, which is told at the end
+        return first_alone(lambda: self._bridge(self.out, lambda line: None), self.device)
 
     def bridged(self) -> Job:
         """This job on the bridged checkpoint, which is made first; itself where no bridge is asked for."""
@@ -60,13 +61,13 @@ class Job:
 
         def make() -> None:
             if not folder.exists():
-                self._bridge(folder)
+                self._bridge(folder, self.say)
 
         first_alone(make, self.device)
         source = replace(self.source, folder=folder)
         return replace(self, source=source, stored=read_checkpoint(folder), teacher=None)
 
-    def _bridge(self, out: Path) -> dict[str, Any]:
+    def _bridge(self, out: Path, report: Say) -> dict[str, Any]:
         from layerprune.heal.bridge import bridge_checkpoint
 
         assert self.settings.bridge is not None and self.teacher is not None
@@ -74,7 +75,7 @@ class Job:
         return dict(bridge_checkpoint(
             self.source.folder, out, teacher=self.teacher.source.folder, data=self.settings.data, length=self.settings.length,
             form=self.settings.bridge, seed=self.settings.seed, device=self.device, trust_remote_code=self.trust,
-            progress=self.progress, report=self.say, exclude=frozenset(map(document_hash, self._held_out())),
+            progress=self.progress, report=report, exclude=frozenset(map(document_hash, self._held_out())),
         ))  # fmt: skip
 
     def train(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from layerprune.heal.linear import four_bit_linears
 from layerprune.heal.student import Student
 from layerprune.model.errors import Refused
+from layerprune.model.passplan import PROCESS_BYTES
 
 GIB = 1 << 30
 CPU_SLACK = 1.25
@@ -71,11 +73,21 @@ class Saved:
         return int(CPU_SLACK * (self.fixed + sequences * layers))
 
 
-def plan_on_cpu(student: Student, sizes: Sequence[int], most: int, room: int, saved: Saved | None = None, held: int = 0) -> Memory:
+def plan_on_cpu(
+    student: Student,
+    sizes: Sequence[int],
+    most: int,
+    room: int,
+    saved: Saved | None = None,
+    held: int = 0,
+    ram: int | None = None,
+    processes: int = 1,
+) -> Memory:
     """On a CPU: few sequences at once, activations kept, and weights decoded where half of the free memory holds them.
 
     room: bytes of RAM that may still be taken. saved: where given, the plan keeps within `room`; what does not fit then is
     given up in this order: decoded weights, sequences at once, activations. held: bytes that are taken already, for the estimate.
+    ram: what the user gave for all `processes` of this machine, for the refusal.
     Raises Refused where nothing fits.
     """
     layers, trained = len(student.decoder), len(trained_layers(student))
@@ -84,15 +96,40 @@ def plan_on_cpu(student: Student, sizes: Sequence[int], most: int, room: int, sa
     if saved is None:
         return Memory(fitting[0], 0, layers if extra < room // 2 else 0)
     ways = [(size, 0) for size in fitting] + [(fitting[-1], recomputed) for recomputed in range(1, trained + 1)]
+    least = saved.need(*ways[0], trained)
     for size, recomputed in ways:
         need = saved.need(size, recomputed, trained)
+        least = min(need, least)
         if need <= room:
             decoded = layers if need + extra <= room else 0
             return Memory(size, recomputed, decoded, estimate=held + need + (extra if decoded else 0))
+    smaller = "use a smaller --length or a smaller --lora-rank"
+    if ram is None or ram // processes >= held + least:
+        raise Refused(
+            f"healing does not fit in the {room / GIB:.2f} GiB of host memory that are free: a step takes {least / GIB:.2f} GiB "
+            f"beside the model: {smaller}, or make room"
+        )
     raise Refused(
-        f"healing does not fit in {(held + room) / GIB:.2f} GiB of host memory: the model takes {held / GIB:.2f} GiB, and a step "
-        f"{need / GIB:.2f} more at least: use a smaller --length, a smaller --lora-rank or more --ram"
+        f"{_too_little(ram, held, processes)}, a step {least / GIB:.2f} GiB more: give at least "
+        f"{_up(processes * (held + least))}, or {smaller}"
     )
+
+
+def refuse_ram(ram: int | None, numbers: int, processes: int = 1) -> None:
+    """Refuse, before anything is loaded, host memory that a process and a model of so many `numbers` in NF4 do not fit in."""
+    held = PROCESS_BYTES + numbers // 2
+    if ram is not None and ram // processes < held:
+        raise Refused(f"{_too_little(ram, held, processes)} alone, and a step more: give more than {_up(processes * held)}")
+
+
+def _too_little(ram: int, held: int, processes: int) -> str:
+    shared = f", shared by {processes} processes," if processes > 1 else ""
+    return f"healing does not fit in --ram {ram / GIB:.2f}GiB{shared}: the process and the model take {held / GIB:.2f} GiB"
+
+
+def _up(size: int) -> str:
+    """An amount that `--ram` takes, rounded up."""
+    return f"{math.ceil(100 * size / GIB) / 100:.2f}GiB"
 
 
 def context_bytes(device: torch.device) -> int:

@@ -242,7 +242,7 @@ def plan_memory(
             model = student.decoder.model
             held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
             room = host_room(None if ram is None else ram // local_processes(), held)
-            plan = plan_on_cpu(student, sizes, most, room, saved, PROCESS_BYTES + held)
+            plan = plan_on_cpu(student, sizes, most, room, saved, PROCESS_BYTES + held, ram, local_processes())
         else:
             planner = Planner(student, settings.length, settings.steps, share, positions, world)
             plan = planner.choose(sizes, budget, say)

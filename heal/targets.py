@@ -71,7 +71,9 @@ def choose_targets(decoder: Decoder, wanted: Sequence[str] = ()) -> list[Target]
             known = sorted({target.inside for target in every if target.name in mlp} or {t.inside for t in every})
             elsewhere = sorted({target.inside for target in every if _ends(target.inside, name)})
             hint = f" ({', '.join(elsewhere)} is elsewhere: write it out, or take `attention`)" if elsewhere else ""
-            raise UsageError(f"the target {name!r} is no linear layer of this model's MLP; it has {', '.join(known)}{hint}")
+            others = sorted({t.inside for t in every if t.name in set(mixer_linears(decoder))} - set(known))
+            more = f"; attention, or what mixes tokens in its place, has {', '.join(others)}" if others and not elsewhere else ""
+            raise UsageError(f"the target {name!r} is no linear layer of this model's MLP; it has {', '.join(known)}{hint}{more}")
     if "attention" in words and not mixers:
         raise Refused(f"no linear layers of attention were found in this {type(decoder.model).__name__}: give other targets")
     return chosen

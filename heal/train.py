@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerprune.heal.checks import check_device, check_reports, pick_teacher, refuse_fused, refuse_quantised
+from layerprune.heal.checks import check_device, check_ram, check_reports, pick_teacher, refuse_fused, refuse_quantised
 from layerprune.heal.job import Job
 from layerprune.heal.kernels import check_kernels
 from layerprune.heal.prepare import adapter_range, process_device
@@ -142,6 +142,8 @@ def heal_checkpoint(
     if settings.kernels is not None:
         check_kernels(config, chosen)
     stored = read_checkpoint(source.folder)
+    if chosen == "cpu":
+        check_ram(host, stored)
     refuse_quantised(source, config, stored)
     check_data(settings.data, "--heal-data", "train", seed)
     if settings.validation is not None:

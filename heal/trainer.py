@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from layerprune.heal.checkpoints import MARK, newest_checkpoint
 from layerprune.heal.fused import IGNORED
+from layerprune.heal.interrupt import first_interrupt
 from layerprune.heal.memory import Memory
 from layerprune.heal.packing import Packed
 from layerprune.heal.quantise import quiet_warnings
@@ -23,7 +24,7 @@ from layerprune.heal.watch import Watch
 from layerprune.heal.world import is_sharded, local_device, rank, summed, world_size
 from layerprune.model.data import batches
 from layerprune.model.decoder import view_decoder
-from layerprune.model.errors import Refused, UsageError
+from layerprune.model.errors import Refused, Stopped, UsageError
 from layerprune.model.files import new_folder, read_json
 from layerprune.model.nf4 import compute_dtype
 
@@ -74,7 +75,8 @@ def train(
     transformers' Trainer reports to (tensorboard, wandb, trackio, ...).
     Losses are nats per token of the training data, with dropout: the curve holds (step, mean since the entry before);
     `first` and `last` are the ends of it. `held_out` holds (step, normalised loss without dropout).
-    Raises Refused when the loss is no longer a number or climbs, and where the GPU's memory runs out.
+    Raises Refused when the loss is no longer a number or climbs, and where the GPU's memory runs out; Stopped after the step in
+    which the first Ctrl-C came.
     """
     world, sharded, micro_batch = world_size(), is_sharded(), memory.micro_batch
     every = max(1, settings.steps // 100)
@@ -94,13 +96,15 @@ def train(
             watch.spent = mark["seconds"]
             say(f"going on from step {mark['step']} of {settings.steps}")
         try:
-            with quiet_warnings():
+            with quiet_warnings(), first_interrupt(watch.stop):
                 trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
         except torch.cuda.OutOfMemoryError as error:
             raise Refused(_ran_out(work, micro_batch, settings.length)) from error
         finally:
             if watch.bar is not None:
                 watch.bar.close()
+        if trainer.state.global_step < settings.steps:
+            raise Stopped(_goes_on(work, settings.steps))
         finish(trainer)
     history = trainer.state.log_history
     curve = [[entry["step"], round(entry["loss"], 5)] for entry in history if "loss" in entry]
@@ -114,6 +118,13 @@ def train(
         "processes": world,
         "peak": watch.peak,
     }
+
+
+def _goes_on(work: Path, steps: int) -> str:
+    saved = newest_checkpoint(work)
+    if saved is None:
+        return "no step was saved, and the same command begins with the first one"
+    return f"the same command goes on from step {read_json(saved / MARK)['step']} of {steps} (saved in {work})"
 
 
 def _ran_out(work: Path, micro_batch: int, length: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -49,11 +50,18 @@ class Watch(TrainerCallback):
         self.latest = math.inf
         self.first_held_out: float | None = None
         self.peak: int | None = None
+        self.stopping = False
         self.measured = self.next_step = 0.0
 
     @property
     def seconds(self) -> float:
         return self.spent + time.perf_counter() - self.started
+
+    def stop(self) -> None:
+        """End training after the step that is going on, saved; safe to call from a signal handler."""
+        self.stopping = True
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of another line
+            (self.say if self.bar is None else self._tell)("stopping after this step, which is saved; once more stops at once")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from tqdm import tqdm
@@ -80,9 +88,12 @@ class Watch(TrainerCallback):
         now = time.perf_counter()
         self.timed.append(now)
         left = state.max_steps - state.global_step
-        if not left:
+        if not left or self.stopping:
             # the last steps are looked at too, where their number is no multiple of `every`
             control.should_log = True
+            control.should_training_stop = True
+        if self.stopping and not left:
+            self._tell("that was the last step: the adapter is merged")
         # The first steps pay for warming up; the fourth is the first honest one.
         if len(self.timed) == 4 and left:
             step = (now - self.timed[0]) / 3
@@ -108,11 +119,12 @@ class Watch(TrainerCallback):
         self.bar.set_postfix(loss=f"{loss:.3f}")
         step, now = state.global_step, time.perf_counter()
         due = step >= self.next_step and now >= self.measured
-        if step == state.max_steps or agreed(due):
+        if step == state.max_steps or agreed(due and not self.stopping):
             self._held_out(state)
         # What is saved was finite and no climb.
-        good = loss <= self.lowest + DIVERGED / 3 and step % self.every == 0 and step < state.max_steps
-        if agreed(good and now - self.saved >= SAVE_SECONDS):
+        good = loss <= self.lowest + DIVERGED / 3 and step < state.max_steps
+        timed = step % self.every == 0 and now - self.saved >= SAVE_SECONDS
+        if agreed(good and (timed or self.stopping)):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -32,10 +32,13 @@ from layerprune.depth_checks import PROBES
 
 
 class _Group(click.Group):
-    """Prints what the library refuses as one sentence and exits 2 (usage) or 1 (refused); the rest keeps its traceback."""
+    """Prints what the library refuses as one sentence and exits 2 (usage), 1 (refused) or 130 (stopped).
+
+    The rest keeps its traceback.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
-        from layerprune.model.errors import LayerpruneError
+        from layerprune.model.errors import LayerpruneError, Stopped
 
         # Beside another busy process, threads that spin for each other take the cores that they wait for: torch's OpenMP
         # is told to spin for microseconds only, before it is loaded. Alone on a machine that costs nothing.
@@ -49,6 +52,9 @@ class _Group(click.Group):
             if "RANK" not in os.environ or not _said_elsewhere(error):
                 click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except Stopped as stop:
+            click.echo(f"Stopped: {stop}", err=True)
+            ctx.exit(stop.exit_code)
 
 
 def _said_elsewhere(error: Exception) -> bool:
@@ -243,8 +249,10 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
 @click.option("--length", type=int, metavar="T", help="Tokens of a packed sequence  [the recipe's; 2048, or the model's context].")
 @click.option("--targets", metavar="A,B", help="What gets adapters: mlp, attention, or names of linear layers  [the MLP].")
 @click.option("--adapters", metavar="WHERE", help="all layers, those after the cut, or window:K, K on each side of it  [all].")
-@click.option("--distil", type=float, metavar="W", help="Add W times KL(unpruned || healed) to the loss  [0].")
-@click.option("--bridge", type=click.Choice(["map", "projection"]), help="Begin with a least-squares map over the cut.")
+@click.option("--distil", type=float, metavar="W", help="Add W times KL(unpruned || healed) to the loss, not with --bridge  [0].")
+@click.option(
+    "--bridge", type=click.Choice(["map", "projection"]), help="Begin with a least-squares map over the cut, not with --distil."
+)
 @click.option("--teacher", metavar="M", help="The unpruned model, for --distil and --bridge  [the one the cut's record names].")
 @click.option(
     "--packing", type=click.Choice(["documents", "joined", "truncate"]),

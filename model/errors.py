@@ -19,6 +19,12 @@ class Refused(LayerpruneError):
     """The input cannot be used, or the result would be wrong: exit code 1."""
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C where the work could still be saved; the message says where it goes on. The command line exits with `exit_code`."""
+
+    exit_code = 130
+
+
 def model_errors() -> tuple[type[Exception], ...]:
     """What transformers and model code raise when a config asks for something that they were not written for."""
     import huggingface_hub.errors as hub

@@ -109,6 +109,11 @@ def test_help_is_cheap(command: str) -> None:
     assert "Usage:" in found.stdout
 
 
+def test_the_help_says_that_distillation_and_a_bridge_exclude_each_other() -> None:
+    told = " ".join(CliRunner().invoke(main, ["heal", "--help"]).output.split())
+    assert "to the loss, not with --bridge" in told and "over the cut, not with --distil" in told
+
+
 def test_version() -> None:
     import layerprune
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from layerprune.heal import quantise, trainer, watch
+from layerprune.heal.checks import check_reports
 from layerprune.heal.merge import Stored, _live_weight, locate, merge_adapter, merged_weight, read_tensor
 from layerprune.heal.packing import pack
 from layerprune.heal.settings import heal_settings
@@ -249,6 +250,10 @@ def test_healing_lowers_the_loss_and_records_what_it_did(
     assert not (out.parent / f".{out.name}.work").exists()
     text = format_healing(result, str(out))
     assert f"adapter: {out / 'adapter'}" in text and "lora_rank 4 (user)" in text
+    (first, begun), *_, (last, ended) = result["held_out"]
+    assert (first, last) == (0, 12) and ended < begun
+    assert f"held-out loss {begun:.4f} -> {ended:.4f} (normalised)" in text.splitlines()
+    assert "held-out" not in format_healing({**result, "held_out": []}, str(out))
 
 
 def test_only_the_trained_weights_change(base: Path, healed: tuple[Path, Any, Any]) -> None:
@@ -522,9 +527,11 @@ def test_a_bridge_alone_is_told_and_leaves_the_held_out_documents(
         return read(tokenizer, texts, *args, **kwargs)
 
     monkeypatch.setattr(bridge, "tokenise", seen)
-    more = {"data": data, "length": 32, "device": "cpu", "report": lambda line: None}
+    said: list[str] = []
+    more = {"data": data, "length": 32, "device": "cpu", "report": said.append}
     result = heal_checkpoint(cut_pair, tmp_path / "bridged", bridge="map", steps=0, **more)
-    assert "bridge over layers" in format_healing(result, str(tmp_path / "bridged"))
+    said += format_healing(result, str(tmp_path / "bridged")).splitlines()
+    assert sum("bridge over layers" in line for line in said) == 1, "not on stderr and in the result"
     held = set(map(document_hash, validation_documents(None, data, 32, 0)))
     assert held and used and not held & set(map(document_hash, used))
 
@@ -555,10 +562,14 @@ def test_healing_again_keeps_the_first_record(base: Path, data: str, healed: tup
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"report_to": ["nonsense"]}, "--report-to nonsense is not to be had here"),
+        ({"report_to": ["nonsense"]}, "--report-to nonsense is not to be had here: install its package"),
         ({"adapters": "window:²"}, "--adapters window:² is none of"),
         ({"adapters": "after"}, "counts from the cut, and this checkpoint has none on record"),
         ({"targets": []}, "--targets is empty"),
+        (
+            {"targets": ["foo"]},
+            r"it has mlp.down_proj, mlp.gate_proj, mlp.up_proj; attention.* has self_attn.k_proj, self_attn.o_proj,",
+        ),
         ({"targets": ["q_proj"]}, r"self_attn.q_proj is elsewhere: write it out, or take `attention`"),
         ({"teacher": "demo"}, "--teacher demo is for --distil or --bridge"),
         ({"distil": 1.0, "bridge": "map"}, "--distil and --bridge cannot be combined"),
@@ -573,3 +584,18 @@ def test_settings_that_cannot_be_are_told(build_llama: Any, data: str, tmp_path:
     with pytest.raises(UsageError, match=told):
         heal_checkpoint(folder, tmp_path / "out", data=data, report=lambda line: None, **{**SMALL, **changed})
     assert not (tmp_path / "out").exists()
+
+
+def test_too_little_ram_is_refused_before_anything_is_loaded(base: Path, data: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(Refused, match="does not fit in --ram 0.29GiB: the process and the model take 0.68 GiB alone"):
+        heal_checkpoint(base, tmp_path / "out", data=data, report=said.append, ram="300MiB", **SMALL)
+    assert said == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_report_whose_package_is_missing_names_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["mlflow"])
+    with pytest.raises(UsageError, match=f"{name} is not to be had here: pip install {name}, or take one of mlflow"):
+        check_reports([name])
+    check_reports(["mlflow"])

@@ -29,11 +29,14 @@ from layerprune.heal.memory import (
     apply_plan,
     context_bytes,
     plan_on_cpu,
+    refuse_ram,
     trained_layers,
 )
 from layerprune.heal.planner import HEADROOM, SLACK, Planner
 from layerprune.heal.student import Teaching
 from layerprune.model.errors import Refused
+from layerprune.model.memory import byte_count
+from layerprune.model.passplan import PROCESS_BYTES
 
 torch.set_num_threads(1)
 
@@ -401,9 +404,9 @@ def test_within_a_limit_of_host_memory_the_mildest_plan_that_fits_is_taken() -> 
     found = []
     for room in range(30_000, 0, -1):
         try:
-            plan = plan_on_cpu(student, [1, 2, 3, 6], 4, room, saved, held)
+            plan = plan_on_cpu(student, [1, 2, 3, 6], 4, room, saved, held, 1 << 30)
         except Refused as refusal:
-            assert "use a smaller --length, a smaller --lora-rank or more --ram" in str(refusal)
+            assert "GiB of host memory that are free" in str(refusal), "others take it, not what was given for --ram"
             assert room == min(saved.need(1, r, 4) for r in range(5)) - 1
             break
         took = saved.need(plan.micro_batch, plan.recomputed, 4) + (decoding if plan.decoded else 0)
@@ -413,6 +416,34 @@ def test_within_a_limit_of_host_memory_the_mildest_plan_that_fits_is_taken() -> 
     assert found == [way for way in ways if way in found] and {(3, 0, 4), (3, 0, 0), (1, 0, 0), (1, 4, 0)} <= set(found)
     assert plan_on_cpu(student, [2], 2, saved.need(2, 1, 4) - 1, saved).micro_batch == 2, "a size that was given stays"
     assert plan_on_cpu(student, [2], 2, saved.need(2, 1, 4) - 1, saved).recomputed == 2
+
+
+def test_a_refusal_names_the_ram_that_was_given_and_the_least_that_is_enough() -> None:
+    student, held = student_of(), 700 << 20
+    saved = Saved(kept=80 << 20, again=8 << 20, fixed=20 << 20)
+    least = held + min(saved.need(1, recomputed, 4) for recomputed in range(5))
+    for processes in (1, 2):
+        given = processes * (720 << 20)
+        with pytest.raises(Refused) as refusal:
+            plan_on_cpu(student, [1, 2], 4, given // processes - held, saved, held, given, processes)
+        told = str(refusal.value)
+        assert f"does not fit in --ram {processes * 720 / 1024:.2f}GiB" in told and "take 0.68 GiB, a step 0.0" in told
+        assert ("shared by 2 processes" in told) == (processes == 2)
+        enough = byte_count(told.partition("give at least ")[2].partition(",")[0], "--ram")
+        assert enough is not None and 0 <= enough - processes * least < GIB / 100, "rounded up"
+        plan = plan_on_cpu(student, [1, 2], 4, enough // processes - held, saved, held, enough, processes)
+        assert plan.micro_batch == 1 and plan.estimate is not None and plan.estimate <= enough // processes
+
+
+def test_ram_that_the_model_alone_does_not_fit_in_is_refused() -> None:
+    numbers = 1 << 28
+    least = PROCESS_BYTES + numbers // 2
+    refuse_ram(None, numbers)
+    refuse_ram(least, numbers)
+    with pytest.raises(Refused, match=r"--ram 0.81GiB: the process and the model take 0.81 GiB alone, .* more than 0.81GiB"):
+        refuse_ram(least - 1, numbers)
+    with pytest.raises(Refused, match="shared by 2 processes"):
+        refuse_ram(2 * least - 1, numbers, 2)
 
 
 def test_a_plan_is_recorded_whole() -> None:

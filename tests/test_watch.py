@@ -280,6 +280,35 @@ def test_a_checkpoint_of_a_trainer_is_marked_whole(tmp_path: Path, monkeypatch: 
     assert newest is not None and newest.name == "checkpoint-4" and (newest / "trainer_state.json").exists()
 
 
+def test_a_stop_between_two_entries_of_the_loss_is_saved_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = Watch.on_step_begin
+
+    def on_step_begin(self: Watch, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        begin(self, args, state, control, **kwargs)
+        if state.global_step == 4:
+            self.stop()
+
+    monkeypatch.setattr(Watch, "on_step_begin", on_step_begin)
+    trainer, said = trained(tmp_path, 9, 3)
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and newest.name == "checkpoint-5" and trainer.state.global_step == 5
+    assert [e["step"] for e in trainer.state.log_history if "loss" in e] == [3, 5]
+    assert said[-1] == "stopping after this step, which is saved; once more stops at once"
+
+
+def test_a_stop_where_the_loss_climbs_saves_nothing(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, 1, 16, lambda line: None, False, None, 10)
+    state, args = SimpleNamespace(global_step=0, max_steps=10, log_history=[]), SimpleNamespace(learning_rate=1.0)
+    watch.on_train_begin(None, state, None)
+    watch.stop()
+    found = []
+    for state.global_step, loss in ((1, 1.0), (2, 1.0 + watching.DIVERGED / 2)):
+        control = SimpleNamespace(should_save=False)
+        watch.on_log(args, state, control, logs={"loss": loss})
+        found.append(control.should_save)
+    assert found == [True, False]
+
+
 def test_a_held_out_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     watch = Watch(tmp_path, 1, 16, lambda line: None, False, lambda: float("nan"), 10)
     state = SimpleNamespace(global_step=0, max_steps=10, log_history=[])
