@@ -16,6 +16,8 @@ _PARTS = {
 
 def plot_learning(result: Mapping[str, Any], folder: str | Path, model: str = "") -> list[Path]:
     """Draw the routers' loss by epoch, trained on and held out, from train.json; returns the files."""
+    from matplotlib.ticker import MaxNLocator
+
     with look():
         figure = new_figure(5.4, 3.4)
         axes = figure.add_subplot()
@@ -27,6 +29,7 @@ def plot_learning(result: Mapping[str, Any], folder: str | Path, model: str = ""
         axes.set(xlabel="epoch", ylabel="focal loss a layer, nats", title=model)
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", color="#e5e5e5", lw=0.7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         return save(figure, Path(folder), "learning")
 

@@ -85,10 +85,10 @@ def _name_dials(axes: Any, names: Sequence[str], points: Sequence[tuple[float, f
         else:
             groups.append(([name], (x, y)))
     for together, point in groups:
-        to_left = point[0] > left + 0.7 * (right - left)
+        to_left = point[0] > left + 0.25 * (right - left)  # above a line that mostly rises
         axes.annotate(
-            ", ".join(together), point, xytext=(-6 if to_left else 6, 6), textcoords="offset points", fontsize=7.5, color=GREEN,
-            ha="right" if to_left else "left", zorder=8, gid="dial",
+            ", ".join(together), point, xytext=(-7 if to_left else 7, 7), textcoords="offset points", fontsize=7.5, color=GREEN,
+            ha="right" if to_left else "left", zorder=8, gid="dial", bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 0.8},
         )  # fmt: skip
 
 
