@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import route_items
-from record import write_record
+from record import rounded, write_record
 
 DIALS = (-0.6, "router", -0.4, -0.25)
 MEASURED = 300
@@ -137,14 +137,6 @@ def labels(folder: Path) -> dict[str, Any]:
         "items": items, "paths": len(paths), "commonest": paths.most_common(1)[0][1],
         "mean_layers": sum(sum(path) * count for path, count in paths.items()) / items,
     }  # fmt: skip
-
-
-def rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return round(value, 5) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ Writes docs/healing.png, and the tables between the marks of docs/healing.md; a 
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
+
+from marks import filled_page, read_record
 
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"
@@ -26,8 +26,7 @@ SHOWN = {
 
 
 def read(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
-    return found
+    return read_record(BENCHMARKS / name)
 
 
 def table_of_ways(record: dict[str, Any]) -> str:
@@ -83,11 +82,7 @@ def tables() -> dict[str, str]:
 
 def filled(page: str) -> str:
     """The page with its tables as the records have them."""
-    for mark, table in tables().items():
-        pattern = rf"(<!-- {mark} -->\n).*?(<!-- end -->)"
-        assert re.search(pattern, page, re.DOTALL), f"docs/healing.md has no mark {mark}"
-        page = re.sub(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], page, flags=re.DOTALL)
-    return page
+    return filled_page(page, tables())
 
 
 def draw(target: Path) -> None:

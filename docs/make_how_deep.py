@@ -7,12 +7,12 @@ Writes docs/depth-prunability.png, and what stands between the marks of docs/how
 
 from __future__ import annotations
 
-import json
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from marks import filled_page, read_record
 
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"
@@ -23,8 +23,7 @@ LEAST = 0.1
 
 
 def read(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
-    return found
+    return read_record(BENCHMARKS / name)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -228,12 +227,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 def filled(page: str) -> str:
     """The page with what stands between its marks made anew."""
-    for name, make in BLOCKS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        assert pattern.search(page), f"docs/how-deep.md has no mark {name}"
-        text = make()
-        page = pattern.sub(lambda found, text=text: found[1] + text + found[2], page)  # type: ignore[misc]
-    return page
+    return filled_page(page, {name: make() for name, make in BLOCKS.items()})
 
 
 def draw(target: Path) -> None:

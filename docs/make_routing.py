@@ -7,10 +7,10 @@ Writes docs/routing.png, and what stands between the marks of docs/routing.md; a
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
+
+from marks import filled_page, read_record
 
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"
@@ -22,8 +22,7 @@ SHOWN = 0.6
 
 
 def read(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
-    return found
+    return read_record(BENCHMARKS / name)
 
 
 def points(made: dict[str, Any]) -> str:
@@ -165,11 +164,7 @@ def tables() -> dict[str, str]:
 
 def filled(page: str) -> str:
     """The page as the records have it."""
-    for mark, table in tables().items():
-        pattern = rf"(<!-- {mark} -->\n).*?(<!-- end -->)"
-        assert re.search(pattern, page, re.DOTALL), f"docs/routing.md has no mark {mark}"
-        page = re.sub(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], page, flags=re.DOTALL)
-    return page
+    return filled_page(page, tables())
 
 
 def draw(target: Path) -> None:

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
+
+from marks import filled_page, read_record
 
 from layerprune.model.cuts import Kept
 from layerprune.model.errors import Refused
@@ -86,7 +87,7 @@ def measured() -> str:
     """What the records say."""
     if not CPU.exists():
         return "Nothing yet."
-    record = json.loads(CPU.read_text())
+    record = read_record(CPU)
     shape = record["shape"]
     rows = [
         f"{record['device']}; a random bf16 checkpoint of the shape {shape['name']} ({shape['layers']} layers, "
@@ -111,7 +112,7 @@ def measured() -> str:
 
 def measured_on_gpu() -> str:
     """What the GPU's record says."""
-    record = json.loads(GPU.read_text())
+    record = read_record(GPU)
     shape = record["shape"]
     rows = [
         f"{record['device']}; a random bf16 checkpoint of the shape {shape['name']} ({shape['layers']} layers, "
@@ -135,9 +136,7 @@ def measured_on_gpu() -> str:
 
 def page(text: str) -> str:
     """The page with its tables as they must be."""
-    for mark, content in (("plans", table()), ("measured", measured()), ("gpu", measured_on_gpu())):
-        text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- end -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL)
-    return text
+    return filled_page(text, {"plans": table(), "measured": measured(), "gpu": measured_on_gpu()})
 
 
 def main() -> None:

@@ -188,6 +188,13 @@ def set_seeds(seed: int) -> None:
     torch.manual_seed(tensors)
 
 
+def seed_tasks(tasks: TaskSet, seed: int) -> None:
+    """Seed everything, the choice of in-context examples too, as lm-eval's command line does before it builds requests."""
+    set_seeds(seed)
+    for task in tasks.tasks.values():
+        task.set_fewshot_seed(seed=lm_eval_seeds(seed)[3])
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """lm-eval's log below errors is dropped, as are its bars (one a subject); what it prints goes to stderr."""
@@ -243,9 +250,7 @@ def ask_harness(lm: Any, tasks: TaskSet, limit: int | None, seed: int) -> dict[s
     """Let lm-eval score one of its models; its own result dictionary, samples included."""
     from lm_eval.evaluator import evaluate
 
-    set_seeds(seed)
-    for task in tasks.tasks.values():
-        task.set_fewshot_seed(seed=lm_eval_seeds(seed)[3])
+    seed_tasks(tasks, seed)
     with quiet():
         return dict(evaluate(lm=lm, task_dict=tasks.loaded, limit=limit, log_samples=True))
 

@@ -23,13 +23,14 @@ import torch
 from layerprune.heal.carry import carry_over
 from layerprune.heal.fit import Bridge, fit_bridges, split_documents
 from layerprune.heal.gaps import find_gaps
-from layerprune.heal.merge import DTYPES, Stored, locate, read_tensor
+from layerprune.heal.merge import DTYPES, Stored, locate
 from layerprune.heal.settings import BRIDGES
 from layerprune.heal.teacher import find_teacher, prove_pair
 from layerprune.model.config import load_config, pick_length, vocab_size
 from layerprune.model.data import check_data, data_fingerprint, document_hash, read_documents, tokenise
 from layerprune.model.decoder import view_decoder
 from layerprune.model.errors import Refused, UsageError
+from layerprune.model.feed import read_tensor
 from layerprune.model.files import must_have_room, must_not_exist, new_folder, read_json, write_json, write_text
 from layerprune.model.load import load_model, load_tokenizer, pick_device
 from layerprune.model.progress import progress_bar

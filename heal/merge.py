@@ -14,12 +14,14 @@ from layerprune.heal.settings import MERGES
 from layerprune.heal.targets import Target
 from layerprune.model.decoder import Decoder
 from layerprune.model.errors import Refused, UsageError
+from layerprune.model.feed import DTYPES as STORED_DTYPES
+from layerprune.model.feed import read_tensor
 from layerprune.model.nf4 import NF4_BLOCK
 from layerprune.model.plan import find_stack, split_name
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 from layerprune.model.write import write_checkpoint
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPES = {name: dtype for name, dtype in STORED_DTYPES.items() if dtype.is_floating_point}
 BASES = MERGES
 """What an adapter is merged into: the checkpoint's own weights, or what NF4 made of them, which it was trained on."""
 _ROWS = 4096
@@ -144,11 +146,6 @@ def _matching(live: torch.Tensor, held: Mapping[str, StoredTensor]) -> list[Stor
                     found.append(Stored(tensor.name, transposed))
                     break
     return found
-
-
-def read_tensor(tensor: StoredTensor) -> torch.Tensor:
-    """A stored floating tensor, decoded."""
-    return torch.frombuffer(bytearray(tensor.read()), dtype=DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def adapter_factors(adapter: Path, modules: Collection[str]) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:

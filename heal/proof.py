@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from layerprune.heal.merge import DTYPES, Change, Stored, adapter_factors, base_weight, nf4_rounded, plan_merge, read_tensor
+from layerprune.heal.merge import DTYPES, Change, Stored, adapter_factors, base_weight, nf4_rounded, plan_merge
 from layerprune.model.decoder import forward_logits, view_decoder
 from layerprune.model.errors import Refused, model_errors, one_line
+from layerprune.model.feed import read_tensor
 from layerprune.model.load import load_model
 from layerprune.model.progress import progress_bar
 from layerprune.model.tensors import StoredTensor, read_checkpoint

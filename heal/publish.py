@@ -31,7 +31,7 @@ def _keep_bridge(job: Job) -> None:
     """The bridged tensors beside the adapter, which was trained on them: with these in the cut it fits."""
     from safetensors.torch import save_file
 
-    from layerprune.heal.merge import read_tensor
+    from layerprune.model.feed import read_tensor
 
     bridges = read_json(job.source.folder / "layerprune.json")["bridge"]["bridges"]
     tensors = {bridge["tensor"]: read_tensor(job.stored[bridge["tensor"]]) for bridge in bridges}

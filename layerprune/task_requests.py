@@ -29,11 +29,9 @@ def task_requests(ready: Any, limit: int | None, seed: int, splits: dict[str, st
     ready: a `TaskSet`. splits: of each task the split that is asked about (train, validation or test); None for lm-eval's own
     choice. An item is never its own in-context example. Raises Refused for a task whose requests cannot be built.
     """
-    from layerprune.eval.tasks import lm_eval_seeds, quiet, set_seeds
+    from layerprune.eval.tasks import quiet, seed_tasks
 
-    set_seeds(seed)
-    for task in ready.tasks.values():
-        task.set_fewshot_seed(seed=lm_eval_seeds(seed)[3])
+    seed_tasks(ready, seed)
     found: dict[str, list[Asked]] = {}
     for name, task in ready.tasks.items():
         with contextlib.ExitStack() as stack:

@@ -29,19 +29,21 @@ def read_onto(stored: Sequence[StoredTensor], device: torch.device) -> list[torc
     """
     if device.type == "cuda":
         return _feeder(device).fetch(stored)
-    found = []
-    for one in stored:
-        raw = torch.empty(one.nbytes, dtype=torch.uint8)
-        read_into(one, 0, raw)
-        found.append(_as_stored(raw.to(device), one))
-    return found
+    return [read_tensor(one).to(device) for one in stored]
+
+
+def read_tensor(stored: StoredTensor) -> torch.Tensor:
+    """The tensor in host memory, as it is stored. Raises Refused where the file ends too soon."""
+    raw = torch.empty(stored.nbytes, dtype=torch.uint8)
+    _read_into(stored, 0, raw)
+    return _as_stored(raw, stored)
 
 
 def _as_stored(raw: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
     return raw.view(DTYPES[stored.dtype]).view(stored.shape)
 
 
-def read_into(stored: StoredTensor, begin: int, raw: torch.Tensor) -> None:
+def _read_into(stored: StoredTensor, begin: int, raw: torch.Tensor) -> None:
     """Fill a uint8 tensor with a stored tensor's bytes from `begin` on. Raises Refused where the file ends too soon."""
     if raw.numel() == 0:
         return
@@ -85,7 +87,7 @@ class _Feeder:
             self.own.buffer = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True)
             self.own.arrived = torch.cuda.Event()
         piece = self.own.buffer[: target.numel()]
-        read_into(stored, begin, piece)
+        _read_into(stored, begin, piece)
         with torch.cuda.stream(self.stream):
             target.copy_(piece, non_blocking=True)
             self.own.arrived.record()

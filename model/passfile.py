@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from layerprune.model.errors import Refused
-from layerprune.model.feed import DTYPES, read_into
-from layerprune.model.tensors import StoredTensor, read_header
+from layerprune.model.feed import DTYPES, read_tensor
+from layerprune.model.tensors import read_header
 
 Tensors = dict[str, torch.Tensor]
 Take = Callable[[Sequence[int]], Tensors]
@@ -127,7 +127,7 @@ def open_tensors(path: Path) -> tuple[dict[str, str], dict[str, Brought]] | None
         with open(path, "rb") as file:
             told = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
         return told, {
-            name: Brought(DTYPES[stored.dtype], torch.Size(stored.shape), stored.nbytes, partial(_bring, stored))
+            name: Brought(DTYPES[stored.dtype], torch.Size(stored.shape), stored.nbytes, partial(read_tensor, stored))
             for name, stored in read_header(path).items()
         }
     except (OSError, ValueError, KeyError, Refused):
@@ -141,9 +141,3 @@ def read_tensors(path: Path) -> tuple[dict[str, str], Tensors] | None:
         return None if found is None else (found[0], {name: tensor.bring() for name, tensor in found[1].items()})
     except (OSError, Refused, MemoryError):
         return None
-
-
-def _bring(stored: StoredTensor) -> torch.Tensor:
-    raw = torch.empty(stored.nbytes, dtype=torch.uint8)
-    read_into(stored, 0, raw)
-    return raw.view(DTYPES[stored.dtype]).view(stored.shape)

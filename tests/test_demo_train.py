@@ -1,24 +1,14 @@
 """The training script's hand-written block is transformers' Llama, and its checkpoint loads there."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import torch
+from scripts import load_script
 from transformers import AutoModelForCausalLM
-
-PATH = Path(__file__).parent.parent / "recipes" / "demo" / "train.py"
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("demo_train", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_saved_model_computes_what_was_trained(tmp_path):
-    train = load()
+    train = load_script("recipes/demo/train.py")
     parameters = train.make_parameters("cpu")
     torch.manual_seed(1)
     for group in parameters:
@@ -39,7 +29,7 @@ def test_the_saved_model_computes_what_was_trained(tmp_path):
 
 
 def test_updates_are_about_orthogonal():
-    train = load()
+    train = load_script("recipes/demo/train.py")
     torch.manual_seed(0)
     updates = [torch.randn(train.LAYERS, *shape) for shape in ((96, 32), (32, 96), (32, 32))]
     for made, update in zip(train.orthogonalise_all(updates, torch.float32), updates, strict=True):
@@ -50,6 +40,6 @@ def test_updates_are_about_orthogonal():
 
 
 def test_the_rate_falls_to_zero_at_each_end():
-    train = load()
+    train = load_script("recipes/demo/train.py")
     at = [train.learning_rate(t, [100.0, 150.0], 20.0, 0.5) for t in (20.0, 30.0, 99.9, 110.0, 149.9, 151.0)]
     assert at[0] < 0.05 and at[1] > 0.9 and at[2] < 0.01 and 0.3 < at[3] <= 0.5 and at[4] < 0.01 and at[5] == 0

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from scripts import load_script
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 torch.set_num_threads(1)
-table = load(DOCS / "make_families.py")
+table = load_script("docs/make_families.py")
 families = table.families
 Cell = Callable[[str, str], str | None]
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from layerprune.heal import quantise, trainer, watch
 from layerprune.heal.checks import check_reports
-from layerprune.heal.merge import Stored, _live_weight, locate, merge_adapter, merged_weight, read_tensor
+from layerprune.heal.merge import Stored, _live_weight, locate, merge_adapter, merged_weight
 from layerprune.heal.packing import pack
 from layerprune.heal.settings import heal_settings
 from layerprune.heal.targets import choose_targets, target_pattern
@@ -29,6 +29,7 @@ from layerprune.model import nf4
 from layerprune.model.config import load_config
 from layerprune.model.decoder import view_decoder
 from layerprune.model.errors import Refused, UsageError
+from layerprune.model.feed import read_tensor
 from layerprune.model.load import load_model
 from layerprune.model.recipes import load_recipe
 from layerprune.model.tensors import read_checkpoint

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
+
+from scripts import load_script
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
 def maker() -> Any:
-    spec = importlib.util.spec_from_file_location("make_healing", DOCS / "make_healing.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs/make_healing.py")
 
 
 def test_the_tables_are_those_of_the_records() -> None:

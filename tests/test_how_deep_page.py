@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
+
+from scripts import load_script
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "how-deep.md").read_text(encoding="utf-8")
 
 
 def maker() -> Any:
-    spec = importlib.util.spec_from_file_location("make_how_deep", DOCS / "make_how_deep.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs/make_how_deep.py")
 
 
 def test_the_numbers_are_those_of_the_records() -> None:

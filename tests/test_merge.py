@@ -22,7 +22,6 @@ from layerprune.heal.merge import (
     nf4_rounded,
     plan_merge,
     quantised_linears,
-    read_tensor,
 )  # fmt: skip
 from layerprune.heal.proof import logits_error, logits_tolerance, prove_healed
 from layerprune.heal.quantise import add_lora, load_quantised
@@ -31,6 +30,7 @@ from layerprune.heal.targets import Target, choose_targets, target_pattern
 from layerprune.model.config import auto_class, load_config
 from layerprune.model.decoder import forward_logits, view_decoder
 from layerprune.model.errors import Refused, UsageError
+from layerprune.model.feed import read_tensor
 from layerprune.model.load import load_model
 from layerprune.model.nf4 import is_linear, unquantised
 from layerprune.model.tensors import read_checkpoint

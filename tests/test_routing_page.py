@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
@@ -10,21 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 
 
-def module_at(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_tables_are_those_of_the_records() -> None:
-    maker = module_at(DOCS / "make_routing.py")
+    maker = load_script("docs/make_routing.py")
     page = (DOCS / "routing.md").read_text(encoding="utf-8")
     assert maker.filled(page) == page, "run python docs/make_routing.py"
     changed = re.sub(r"(\| whole model, \d+ items \| \d+ \| 0\.)\d+", r"\g<1>000", page)
@@ -32,12 +24,12 @@ def test_the_tables_are_those_of_the_records() -> None:
 
 
 def test_the_figure_is_drawn_from_them(tmp_path: Path) -> None:
-    module_at(DOCS / "make_routing.py").draw(tmp_path / "routing.png")
+    load_script("docs/make_routing.py").draw(tmp_path / "routing.png")
     assert (tmp_path / "routing.png").stat().st_size > 20_000
 
 
 def test_the_overhead_is_said_once_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    maker = module_at(DOCS / "make_routing.py")
+    maker = load_script("docs/make_routing.py")
     monkeypatch.setattr(maker, "BENCHMARKS", tmp_path)
     assert "has not been measured yet" in maker.overhead()
     record = {
@@ -55,7 +47,7 @@ def test_the_overhead_is_said_once_it_is_measured(tmp_path: Path, monkeypatch: p
 
 
 def test_clozes_are_apart_and_the_same_again(tmp_path: Path) -> None:
-    maker = module_at(ROOT / "benchmarks" / "route_items.py")
+    maker = load_script("benchmarks/route_items.py")
     sentence = "The old mill by the river {} was built by a man who came from the north and who never said more than a {}."
     words = ["word", "tale", "prayer", "name", "song", "lie", "story", "thing"]
     texts = [" ".join(sentence.format(d * 100 + i, words[(d + i) % 8]) for i in range(12)) for d in range(20)]
@@ -79,7 +71,7 @@ def test_the_demo_is_searched_on_other_facts(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(sys.modules)
     try:
-        train, test = module_at(ROOT / "benchmarks" / "route_items.py").demo(24, 10)
+        train, test = load_script("benchmarks/route_items.py").demo(24, 10)
     finally:
         for name in ("world", "quiz", "puzzles", "prose", "streams"):
             if name not in before:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 from layerprune.check import check_recipe_file, format_check
 from layerprune.model.errors import Refused, UsageError
@@ -20,11 +20,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def maker() -> Any:
-    spec = importlib.util.spec_from_file_location("make_scale", DOCS / "make_scale.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs/make_scale.py")
 
 
 def test_the_tables_are_those_of_the_planner_and_the_record() -> None:
