@@ -7,7 +7,7 @@ with gradient checkpointing, LoRA on the MLP, transformers' Trainer in bf16, 16 
 the shape on the same random sequences, so speed and memory are the real ones and the loss is not. `--curve N` also trains N steps
 with each, without dropout and from the same adapters, and compares the losses step by step. `--ways` times the ways to heal a
 cut of a quarter of the layers. `--liger` times one budget with liger-kernel's norms, rotary embeddings and gated MLPs in place of
-the model's own, and both again with layers that are not compiled. Rows of the record at `--out` stay, but those that are
+the model's own, and both again with layers that are not compiled. What the record at `--out` has stays, but what is
 measured again.
 """
 
@@ -310,7 +310,8 @@ def main() -> None:
     rate = matrix_rate()
     flops = useful_flops(given.shape, given.length, given.lora_rank)
     packed = Packed(16 * given.steps, given.length, vocab, given.documents)
-    rows: dict[str, Any] = json.loads(Path(given.out).read_text())["rows"] if given.out and Path(given.out).exists() else {}
+    before = json.loads(Path(given.out).read_text()) if given.out and Path(given.out).exists() else {}
+    rows: dict[str, Any] = before.get("rows", {})
 
     def show(name: str, row: dict[str, Any]) -> None:
         row["share of the matrix rate"] = round(row["tokens/s"] * flops / rate, 3)
@@ -344,13 +345,13 @@ def main() -> None:
             traceback.print_exc()
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
         free()
-    ways: dict[str, Any] = {}
+    ways: dict[str, Any] = {} if given.ways else before.get("ways", {})
     for name, way in WAYS.items() if given.ways else ():
         most = given.curve_budget * GIB
         ways[name] = ours(given.shape, packed, settings(given.steps), most, given.documents > 1, WAYS_PRETEND, way)
         print(name, json.dumps(ways[name]), flush=True)
         free()
-    curve: dict[str, Any] = {}
+    curve: dict[str, Any] = {} if given.curve else before.get("curve", {})
     if given.curve:
         same = Packed(16, given.length, vocab, 1)
         same.ids_NT = same.ids_NT.repeat(given.curve, 0).reshape(16, given.curve, -1).swapaxes(0, 1).reshape(16 * given.curve, -1)
