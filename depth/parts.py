@@ -2,7 +2,8 @@
 
 A layer's update x^(l+1) - x^(l) is, in most architectures, s (p + q): what two of its sub-modules give, one after the
 other, times a scale. Which two is found by trying on a few tokens; a layer in which no two of them sum to its update has no
-parts here.
+parts here. Layers of the same modules are expected to have the same parts, so one of each kind is tried; whoever uses that looks
+at what `unexplained` says of every layer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerprune.model.decoder import Decoder, first_hidden, forward_logits, hidden_of, replaced_forwards
+from layerprune.model.decoder import Decoder, Stop, first_hidden, forward_logits, hidden_of, replaced_forwards
 
 _PROBE = (2, 12)
 
@@ -47,9 +48,15 @@ class _Call:
     """The output itself, of which `output` is a copy."""
 
 
-def find_parts(decoder: Decoder) -> list[Parts | None]:
-    """The parts of every layer, None for one whose update is not the sum of two sub-modules' outputs."""
+def find_parts(decoder: Decoder, every: bool = False) -> list[Parts | None]:
+    """The parts of every layer, None for one whose update is not the sum of two sub-modules' outputs.
+
+    every: try every layer, not the first one of each kind; one that shows none, since it adds less than rounding does, is taken
+    to be like the others.
+    """
     found: list[Parts | None] = [None] * len(decoder)
+    kinds = [_kind(layer) for layer in decoder.layers]
+    tried = [i for i, kind in enumerate(kinds) if every or kind not in kinds[:i]]
 
     def watcher(index: int) -> Callable[..., Any]:
         def forward(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -59,15 +66,38 @@ def find_parts(decoder: Decoder) -> list[Parts | None]:
             y = hidden_of(output)
             if x.dim() == 3 and y.shape == x.shape:
                 found[index] = _two_that_sum(x, y, calls)
+            if index == tried[-1]:
+                raise Stop
             return output
 
         return forward
 
     vocab = decoder.model.get_input_embeddings().weight.shape[0]
     ids_BT = torch.randint(0, vocab, _PROBE, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), replaced_forwards((layer, watcher(i)) for i, layer in enumerate(decoder.layers)):
+    watched = [(decoder.layers[i], watcher(i)) for i in tried]
+    with torch.no_grad(), replaced_forwards(watched), contextlib.suppress(Stop):
         forward_logits(decoder, ids_BT)
-    return found
+    first = {kind: parts for kind, parts in reversed(list(zip(kinds, found, strict=True))) if parts is not None}
+    return [parts or first.get(kind) for kind, parts in zip(kinds, found, strict=True)]
+
+
+def _kind(layer: nn.Module) -> Any:
+    """What layers of the same code have in common: their modules' names and classes, and the numbers that they are set up with."""
+    numbers = [(key, value) for key, value in vars(layer).items() if isinstance(value, int | float | str) and "idx" not in key]
+    return repr((sorted(numbers), [(name, type(module).__qualname__) for name, module in layer.named_modules()]))
+
+
+def unexplained(squares_3L: torch.Tensor, dtype: torch.dtype) -> list[int]:
+    """Layers whose parts do not sum to their update, by the squared sizes of the difference, of x^(l+1), and of the update."""
+    errors_L, ends_L, updates_L = squares_3L
+    most_L = _most(ends_L.sqrt(), updates_L.sqrt(), dtype)
+    return [layer for layer, bad in enumerate((errors_L.sqrt() > most_L).tolist()) if bad]
+
+
+def _most(end: Any, update: Any, dtype: torch.dtype) -> Any:
+    """How far rounding in `dtype` takes the sum of two parts from an update: two additions, each rounded; the scale of the stream
+    is what rounding follows."""
+    return 3 * float(torch.finfo(dtype).eps) * end + 1e-5 * update
 
 
 @contextlib.contextmanager
@@ -105,9 +135,7 @@ def _two_that_sum(x: torch.Tensor, y: torch.Tensor, calls: list[_Call]) -> Parts
     """The two calls whose outputs sum to y - x, within the rounding of y's dtype."""
     wide = x.double()
     update = y.double() - wide
-    unit = float(torch.finfo(y.dtype).eps)
-    # two additions, each rounded; the scale of the stream is what rounding follows
-    most = 3 * unit * float(y.double().norm()) + 1e-5 * float(update.norm())
+    most = _most(float(y.double().norm()), float(update.norm()), y.dtype)
     best: tuple[float, Parts] | None = None
     for i, j, added in _candidates(wide, update, calls, most):
         first, second = calls[i], calls[j]
@@ -194,9 +222,11 @@ class Caught:
         return seen
 
     def take(self, index: int, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What attention and MLP of a layer added to x_BTD, its input; None for a layer without parts."""
+        """What attention and MLP of a layer added to x_BTD, its input; None for a layer without parts, and where they were not
+        called, which makes it one without."""
         found = self.parts[index]
-        if found is None:
+        if found is None or not {(index, 0), (index, 1)} <= self._held.keys():
+            self.parts[index] = None
             return None
         p, q = (self._held.pop((index, place)).reshape(x_BTD.shape) for place in (0, 1))
         if found.added:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from layerprune.depth.fused import fused
-from layerprune.depth.parts import Caught, find_parts
+from layerprune.depth.parts import Caught, find_parts, unexplained
 from layerprune.model.data import TokenBatch, batches
 from layerprune.model.decoder import Decoder, Stop, first_hidden, forward_logits, hidden_of, replaced_forwards, states_BTD
 from layerprune.model.errors import Refused
 from layerprune.model.memory import in_halves
 
 VALUES = ("cos_att", "cos_mlp", "cos_layer", "rc_att", "rc_mlp", "rc_layer")
+PARTS = [[0], [1], [3], [4]]
+"""Places in VALUES of those of attention and MLP."""
 _LEAST = 1e-6
 """Denominators are at least this (papers' code)."""
 
@@ -27,19 +29,23 @@ class ResidualSum:
     With h the input of layer l, a and m what attention and MLP add, and u = x^(l+1) - x^(l): cosines of a with h, of m with the
     stream that the MLP reads (h + a; h where both read the same), of u with h, in [-1, 1]; and relative contributions
     |a| / |h|, |m| / |h + a|, |u| / |h|. Near 0 a cosine says that new features are written, below 0 that the stream is
-    erased, above 0 that it is amplified.
+    erased, above 0 that it is amplified. Beside them the sums of squares that `unexplained` takes.
     """
 
     def __init__(self, layers: int) -> None:
         self.total_6L = torch.zeros(len(VALUES), layers, dtype=torch.float64)
+        self.squares_3L = torch.zeros(3, layers, dtype=torch.float64)
         self.tokens_L = torch.zeros(layers, dtype=torch.float64)
 
-    def update(self, layer: int, sums_6: torch.Tensor, tokens: int) -> None:
-        self.total_6L[:, layer] += sums_6.double().cpu()
+    def update(self, layer: int, sums_9: torch.Tensor, tokens: int) -> None:
+        sums_9 = sums_9.double().cpu()
+        self.total_6L[:, layer] += sums_9[:6]
+        self.squares_3L[:, layer] += sums_9[6:]
         self.tokens_L[layer] += tokens
 
     def merge(self, other: ResidualSum) -> None:
         self.total_6L += other.total_6L
+        self.squares_3L += other.squares_3L
         self.tokens_L += other.tokens_L
 
     def result(self) -> dict[str, list[float | None]]:
@@ -64,6 +70,7 @@ def residual_probe(
     """
     total = ResidualSum(len(decoder))
     caught = Caught(decoder, find_parts(decoder))
+    sure = False
     if max_tokens is None:
         max_tokens = 2048 if decoder.device.type == "cpu" else 16384
 
@@ -71,14 +78,28 @@ def residual_probe(
         if len(part) < len(batch.rows):
             again = [sequences[batch.rows[row]] for row in part]
             (batch,) = batches(again, sum(map(len, again)) * len(again), pad_id, padding_side)
-        total.merge(_one_batch(decoder, batch, caught))
+        nonlocal sure
+        found = _one_batch(decoder, batch, caught)
+        if not sure and _without(found, caught, decoder):
+            # not all layers of a kind are alike: each is tried for itself
+            caught.parts = find_parts(decoder, every=True)
+            found = _one_batch(decoder, batch, caught)
+        sure = True
+        total.merge(found)
 
     for batch in batches(sequences, max_tokens, pad_id, padding_side):
         in_halves(range(len(batch.rows)), functools.partial(add, batch=batch))
         progress(len(batch.rows))
+    total.total_6L[PARTS, _without(total, caught, decoder)] = float("nan")
     if not torch.isfinite(total.total_6L[VALUES.index("rc_layer")]).all():
         raise Refused("the activations are not a number: the weights are broken or overflow in this dtype (try --dtype float32)")
     return total
+
+
+def _without(found: ResidualSum, caught: Caught, decoder: Decoder) -> list[int]:
+    """Layers whose parts were not there, or do not sum to their update."""
+    missing = [layer for layer, parts in enumerate(caught.parts) if parts is None]
+    return sorted({*missing, *unexplained(found.squares_3L, decoder.model.dtype)})
 
 
 @torch.no_grad()
@@ -136,17 +157,29 @@ def _sums(pairs: list[tuple[torch.Tensor, torch.Tensor]], mask_N1: torch.Tensor 
     return torch.stack(cosines + sizes)
 
 
+def _squares(x: torch.Tensor, y: torch.Tensor, added: torch.Tensor, mask_N1: torch.Tensor | None) -> torch.Tensor:
+    """Sums over real tokens of |u - added|^2, |y|^2 and |u|^2, with u = y - x."""
+    kind = torch.promote_types(x.dtype, torch.float32)
+    update, end = y.to(kind) - x.to(kind), y.to(kind)
+    both = [(v * v).sum(-1, keepdim=True) for v in (update - added, end, update)]
+    return torch.stack([(v if mask_N1 is None else v * mask_N1).sum().float() for v in both])
+
+
 def _layer_sequential(
     x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, m: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    return _sums([(a, x), (m, x.float() + a.float()), (y.float() - x.float(), x)], mask)
+    kind = torch.promote_types(x.dtype, torch.float32)
+    sums = _sums([(a, x), (m, x.float() + a.float()), (y.float() - x.float(), x)], mask)
+    return torch.cat([sums, _squares(x, y, a.to(kind) + m.to(kind), mask)])
 
 
 def _layer_parallel(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, m: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return _sums([(a, x), (m, x), (y.float() - x.float(), x)], mask)
+    kind = torch.promote_types(x.dtype, torch.float32)
+    sums = _sums([(a, x), (m, x), (y.float() - x.float(), x)], mask)
+    return torch.cat([sums, _squares(x, y, a.to(kind) + m.to(kind), mask)])
 
 
 def _layer_alone(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     cosine, size = _sums([(y.float() - x.float(), x)], mask)
-    nan = torch.full_like(cosine, float("nan"))
-    return torch.stack([nan, nan, cosine, nan, nan, size])
+    nan, none = torch.full_like(cosine, float("nan")), torch.zeros_like(cosine)
+    return torch.stack([nan, nan, cosine, nan, nan, size, none, none, none])

@@ -41,9 +41,12 @@ class Planner:
     """Plans for one student on one GPU."""
 
     def __init__(
-        self, student: Student, length: int, steps: int, sequences: int, positions_T: torch.Tensor | None, world: int = 1
-    ) -> None:
-        """sequences: of one step on this device; positions_T: as documents restart them, None where they do not."""
+        self, student: Student, length: int, steps: int, sequences: int, positions_T: torch.Tensor | None, world: int = 1,
+        compiles: bool = True,
+    ) -> None:  # fmt: skip
+        """sequences: of one step on this device; positions_T: as documents restart them, None where they do not; compiles:
+        whether layers may be compiled."""
+        self.compiles = compiles
         self.student, self.length, self.steps, self.sequences = student, length, steps, sequences
         self.device = student.decoder.device
         self.meter = Meter(student, length, positions_T)
@@ -80,7 +83,7 @@ class Planner:
             decode_seconds = self.meter.decode_seconds([parts for _, parts in self.weights])
             measured = self._measure_sizes(sizes, static, room)
             best = self._best(measured, static, room, decode_seconds)
-            if best is not None and (best.seconds or 0) * self.steps > COMPILE_WORTH:
+            if best is not None and self.compiles and (best.seconds or 0) * self.steps > COMPILE_WORTH:
                 best = self._compiled(best, sizes, static, room, decode_seconds, say) or best
             eager = self._best(measured, static, room, decode_seconds)
             pool = self._pool if best is not None and best.compiled else measured

@@ -244,7 +244,8 @@ def plan_memory(
             room = host_room(None if ram is None else ram // local_processes(), held)
             plan = plan_on_cpu(student, sizes, most, room, saved, PROCESS_BYTES + held, ram, local_processes())
         else:
-            planner = Planner(student, settings.length, settings.steps, share, positions, world)
+            # liger's kernels are no code that torch's compiler can follow
+            planner = Planner(student, settings.length, settings.steps, share, positions, world, settings.kernels is None)
             plan = planner.choose(sizes, budget, say)
         write_json(begun, {**asdict(plan), **asked})
         return plan

@@ -138,7 +138,7 @@ def heal_checkpoint(
     )  # fmt: skip
     chosen = process_device(pick_device(device))
     check_device(chosen, budget)
-    check_world(settings.batch_size, chosen)
+    check_world(settings.batch_size, chosen, bool(settings.distil))
     if settings.kernels is not None:
         check_kernels(config, chosen)
     stored = read_checkpoint(source.folder)

@@ -19,6 +19,7 @@ from layerprune.heal.memory import Memory
 from layerprune.heal.packing import Packed
 from layerprune.heal.quantise import quiet_warnings
 from layerprune.heal.settings import Healing
+from layerprune.heal.sharded import gather_adapter, write_adapter
 from layerprune.heal.student import Student
 from layerprune.heal.watch import Watch
 from layerprune.heal.world import is_sharded, local_device, rank, summed, world_size
@@ -90,6 +91,7 @@ def train(
         # the loss is over all tokens of a step, on every device: `Student.loss` takes their number
         trainer.model_accepts_loss_kwargs = True
         watch.log = trainer.log
+        watch.wrapped = lambda: trainer.model_wrapped
         last = newest_checkpoint(work, remove=rank() == 0)
         if last is not None:
             mark = read_json(last / MARK)
@@ -201,7 +203,7 @@ def save_adapter(trainer: Any, live: Any, folder: Path, renamed: Mapping[int, in
     renamed: the live model's layer numbers to those, empty where they are the same. pattern: what the adapter's config says of
     its modules; base: of its model.
     """
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded() else None
+    gathered = gather_adapter(trainer.model_wrapped) if is_sharded() else None
     if rank() != 0:
         return
     config = live.peft_config["default"]
@@ -209,8 +211,11 @@ def save_adapter(trainer: Any, live: Any, folder: Path, renamed: Mapping[int, in
     config.base_model_name_or_path, config.target_modules = base, pattern
     shutil.rmtree(folder, ignore_errors=True)
     with new_folder(folder) as made, quiet_warnings():
-        live.save_pretrained(made, **({} if state is None else {"state_dict": state}))
-        (made / "README.md").unlink(missing_ok=True)
+        if gathered is None:
+            live.save_pretrained(made)
+            (made / "README.md").unlink(missing_ok=True)
+        else:
+            write_adapter(gathered, config, made)
         if renamed:
             _rename_layers(made / "adapter_model.safetensors", view_decoder(live.get_base_model()).path, renamed)
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from layerprune.heal.checkpoints import mark, newest_checkpoint
 from layerprune.heal.memory import context_bytes
+from layerprune.heal.sharded import ADAPTER, gather_adapter, restore_adapter
 from layerprune.heal.world import agreed, is_sharded
 from layerprune.model.errors import Refused
 
@@ -32,6 +34,7 @@ class Watch(TrainerCallback):
     """Progress, the time that is left, checkpoints by the clock, and a stop when the loss is no number or climbs.
 
     validate: gives the held-out loss, normalised (None: there is none). log: hands numbers to the Trainer's own reports.
+    wrapped: gives the model that the Trainer runs.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Watch(TrainerCallback):
         self.validate = validate
         self.validate_every = max(1, -(-steps // VALIDATIONS))
         self.log: Callable[[dict[str, float]], None] = lambda numbers: None
+        self.wrapped: Callable[[], Any] = lambda: None
         self.bar: Any = None
         self.spent = 0.0
         self.timed: list[float] = []
@@ -67,7 +71,10 @@ class Watch(TrainerCallback):
         from tqdm import tqdm
 
         self.started = self.saved = time.perf_counter()
-        if not is_sharded():  # FSDP steps on shards, which have moments of their own
+        if is_sharded():
+            if state.global_step:
+                restore_adapter(self.wrapped(), load_file(self.work / f"checkpoint-{state.global_step}" / ADAPTER))
+        else:  # FSDP steps on shards, which have moments of their own
             _make_moments(kwargs.get("optimizer"))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -129,7 +136,10 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.saved = time.perf_counter()
+        gathered = gather_adapter(self.wrapped()) if is_sharded() else None
         if state.is_world_process_zero:
+            if gathered is not None:
+                save_file(gathered, self.work / f"checkpoint-{state.global_step}" / ADAPTER)
             mark(self.work / f"checkpoint-{state.global_step}", state.global_step, self.seconds)
 
     def _held_out(self, state: Any) -> None:

@@ -27,13 +27,17 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
-def check_world(batch_size: int, device: str) -> None:
-    """Refuse a batch that the processes cannot share, and sharding on a CPU, which accelerate leaves undone."""
+def check_world(batch_size: int, device: str, distilled: bool = False) -> None:
+    """Refuse a batch that the processes cannot share, and sharding where it is left undone: on a CPU, and with a teacher."""
     world = world_size()
     if batch_size % world:
         raise UsageError(f"--batch-size {batch_size} cannot be shared by {world} processes: use a multiple of {world}")
     if is_sharded() and device == "cpu":
         raise UsageError("FSDP shards a model over GPUs, and --device is cpu: heal on the CPU with recipes/accelerate/ddp.yaml")
+    if is_sharded() and distilled:
+        raise UsageError(
+            "--distil needs the model whole on each GPU, which FSDP shards: leave it out, or use recipes/accelerate/ddp.yaml"
+        )
 
 
 def is_echo(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from layerprune.cli import main
-from layerprune.depth import lens, residual
+from layerprune.depth import lens, parts, residual
 from layerprune.depth.choices import Item, choices_probe
 from layerprune.depth.effective import by_cosine, by_kl, by_overlap, effective_depth
 from layerprune.depth.lens import LensSum, lens_probe
@@ -145,6 +145,50 @@ def test_a_layer_that_writes_along_or_against_the_stream_is_seen(live: Callable[
     assert found["cos_layer"][2] == pytest.approx(1) and found["cos_layer"][3] == pytest.approx(-1)
     assert found["rc_layer"][2] == pytest.approx(0.5) and found["rc_layer"][3] == pytest.approx(0.75)
     assert found["cos_att"][2] is None and found["cos_att"][4] is not None
+
+
+def test_a_layer_that_scales_what_its_likes_do_not_is_tried_for_itself(
+    live: Callable[[str], Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: one layer adds half of what its attention and MLP give; the others show that it is not like them."""
+    decoder = live("Llama")
+    trials: list[int] = []
+    search = parts._two_that_sum
+    monkeypatch.setattr(parts, "_two_that_sum", lambda *given: trials.append(1) or search(*given))
+    whole = residual_probe(decoder, documents(decoder)).result()
+    assert len(trials) == 1, "layers of one kind are tried once"
+    trials.clear()
+
+    def half(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = type(layer).forward(layer, hidden, *args, **kwargs)
+        return hidden + 0.5 * (out - hidden)
+
+    layer = decoder.layers[len(decoder) - 1]
+    monkeypatch.setitem(layer.__dict__, "forward", half)
+    found = residual_probe(decoder, documents(decoder)).result()
+    assert len(trials) == 1 + len(decoder)
+    for value in residual.VALUES:
+        assert found[value][:-1] == pytest.approx(whole[value][:-1], abs=1e-6)
+    assert found["rc_att"][-1] == pytest.approx(0.5 * whole["rc_att"][-1], abs=1e-6)  # type: ignore[operator]
+    assert found["cos_att"][-1] == pytest.approx(whole["cos_att"][-1], abs=1e-6)
+    assert found["rc_layer"][-1] == pytest.approx(0.5 * whole["rc_layer"][-1], abs=1e-6)  # type: ignore[operator]
+
+
+def test_parts_that_stop_summing_to_the_update_are_left_out(
+    live: Callable[[str], Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: a layer that adds something of its own to long documents only, which no trial of short ones shows."""
+    decoder = live("Llama")
+
+    def more(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = type(layer).forward(layer, hidden, *args, **kwargs)
+        return out + 0.1 * torch.sin(hidden) if hidden.shape[1] > 12 else out
+
+    layer = decoder.layers[1]
+    monkeypatch.setitem(layer.__dict__, "forward", more)
+    found = residual_probe(decoder, documents(decoder, (6, 20)), max_tokens=20).result()
+    assert found["cos_att"][1] is found["rc_mlp"][1] is None and found["rc_layer"][1] is not None
+    assert found["cos_att"][0] is not None and found["cos_att"][2] is not None
 
 
 def test_sums_of_two_halves_are_the_whole(live: Callable[[str], Decoder]) -> None:

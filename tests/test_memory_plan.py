@@ -347,6 +347,12 @@ def test_compiled_layers_are_taken_only_where_they_are_faster(no_gpu: dict[str, 
     assert not planner.choose([2], None, said.append).compiled and not planner.student.compiled
     assert said == ["compiling the layers", "the layers are not compiled (RuntimeError)"]
 
+    said.clear()
+    planner, tried = Planner(student_of(), 64, 100, 8, None, compiles=False), list[Memory]()
+    stub(planner, [measured(2, 4)], tried, lambda plan: True, monkeypatch)
+    monkeypatch.setattr(planner.meter, "measure", broken)
+    assert not planner.choose([2], None, said.append).compiled and not said, "nobody asks the compiler"
+
 
 def test_the_adapters_gradients_are_there_while_it_is_measured_and_gone_after(no_gpu: dict[str, int]) -> None:
     planner = planner_of(student_of((0, 1, 1, 1)))
