@@ -101,10 +101,11 @@ class Job:
         positions = torch.from_numpy(packed.positions(several)) if made.separate else None
         row = Sequences(packed, made.separate, {})[several]
         with kernels_in_use(settings.kernels, made.student, row, made.compute, say) as prove:
+            trainable = made.trainable  # before FSDP leaves a share of them here
             memory = plan_memory(made, settings, self.device, self.budget, self.ram, positions, work, say)
             prove(memory.micro_batch)
             say(
-                f"{made.trainable:,} trainable parameters in {len(made.where)} linear layers ({', '.join(made.leaves)}); NF4 base, "
+                f"{trainable:,} trainable parameters in {len(made.where)} linear layers ({', '.join(made.leaves)}); NF4 base, "
                 f"{str(made.compute).removeprefix('torch.')} on {self.device}"
             )
             say(plan_line(memory, made.student, settings))
@@ -130,7 +131,7 @@ class Job:
                 "hash": hashlib.sha256(b"".join(sorted(map(document_hash, held)))).hexdigest(),
                 "left_out": packed.excluded,
             },
-            "trainable": made.trainable,
+            "trainable": trainable,
             "modules": made.leaves,
             "separate": made.separate,
             "memory": {**memory.record(), "peak": losses["peak"]},
