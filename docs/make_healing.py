@@ -2,7 +2,8 @@
 
     python docs/make_healing.py
 
-Writes docs/healing.png, and the tables between the marks of docs/healing.md; a test holds the page to the records.
+Writes docs/healing.png and docs/healing-seconds.png, and the tables between the marks of docs/healing.md; a test holds the page to
+the records.
 """
 
 from __future__ import annotations
@@ -71,11 +72,67 @@ def table_of_speed(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def step_costs(record: dict[str, Any]) -> tuple[dict[str, float], float]:
+    """Seconds of each way against the paper's, and those of one of the paper's steps; ways that are a bridge alone: in all."""
+    (drop,) = record["drops"].values()
+    seconds = {name: way["seconds"] for name, way in drop["variants"].items()}
+    step = seconds[PAPER] / record["settings"]["steps"]
+    return {name: s / step if "alone" in name else s / seconds[PAPER] for name, s in seconds.items()}, step
+
+
+def times_of(name: str, points: list[list[float]], costs: dict[str, float]) -> list[tuple[float, float]]:
+    """(time in steps of the paper's way, held-out loss) of a way's curve; a bridge before it takes its time first."""
+    begun, way = 0.0, name
+    if name.startswith("bridge"):
+        bridge, _, rest = name.partition(", ")
+        begun = costs[f"{bridge} alone"]
+        way = {"then all layers": PAPER, "MLP and attention": "MLP and attention", "window of 4": "window of 4"}[rest]
+    each = costs.get(way, 1.0)
+    return [(begun + step * each, loss) for step, loss in points]
+
+
+def loss_at(points: list[tuple[float, float]], time: float) -> float | None:
+    """The held-out loss at a time, between two measurements; after the last one that, before the first one None."""
+    if time < points[0][0]:
+        return None
+    for (t0, v0), (t1, v1) in zip(points, points[1:], strict=False):
+        if t0 <= time <= t1:
+            return v0 + (v1 - v0) * (time - t0) / (t1 - t0)
+    return points[-1][1]
+
+
+def table_of_seconds(record: dict[str, Any], timed: dict[str, Any], speed: dict[str, Any]) -> str:
+    """What a step of each way costs against the paper's, and its loss when the paper's way is half and wholly through."""
+    costs, _ = step_costs(timed)
+    steps = record["settings"]["steps"]
+    gpu = speed["ways"]
+    base = gpu["all layers, MLP"]["tokens/s"]
+    drops = list(record["drops"])
+    head = "| way | time a step, CPU | time a token, H200 | " + " | ".join(f"drop {float(d):g}: half, whole" for d in drops)
+    lines = [head + " |", "|---" * (len(drops) + 3) + "|"]
+    ways = {name: way for drop in record["drops"].values() for name, way in drop["variants"].items()}
+    names = [name for name, way in ways.items() if way["held out"] and (name.startswith("bridge") or name in costs)]
+    names.sort(key=lambda name: (name != PAPER, name))
+    for name in names:
+        cells = []
+        for d in drops:
+            points = times_of(name, record["drops"][d]["variants"][name]["held out"], costs)
+            found = [loss_at(points, share * steps) for share in (0.5, 1.0)]
+            cells.append(", ".join("" if v is None else f"{v:.4f}" for v in found))
+        first = times_of(name, [[0, 0.0], [1, 0.0]], costs)
+        each = f"{first[1][0] - first[0][0]:.2f}" + (f" after {first[0][0]:.1f} steps' time" if first[0][0] else "")
+        own = gpu.get("all layers, MLP" if name == PAPER else name)
+        cells = [name, each, "" if own is None else f"{base / own['tokens/s']:.2f}", *cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """The page's tables by their marks."""
     return {
         "ways-english": table_of_ways(read("heal_variants.json")),
         "ways-demo": table_of_ways(read("heal_variants_demo.json")),
+        "seconds": table_of_seconds(read("heal_variants.json"), read("heal_ways_cpu.json"), read("heal_speed.json")),
         "speed": table_of_speed(read("heal_speed.json")),
     }
 
@@ -117,10 +174,41 @@ def draw(target: Path) -> None:
     figure.savefig(target, dpi=130)
 
 
+def draw_seconds(target: Path) -> None:
+    """Held-out loss against time, a panel a fraction: each way's steps by what they cost when timed alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    record = read("heal_variants.json")
+    costs, step = step_costs(read("heal_ways_cpu.json"))
+    figure, row = plt.subplots(1, 3, figsize=(11, 3.6), constrained_layout=True)
+    for panel, (d, drop) in zip(row, record["drops"].items(), strict=True):
+        ends = []
+        for name, (colour, dash) in SHOWN.items():
+            if name in drop["variants"]:
+                points = times_of(name, drop["variants"][name]["held out"], costs)
+                panel.plot([t * step / 60 for t, _ in points], [v for _, v in points], dash, color=colour, label=name, lw=1.5)
+                ends.append(points[-1][1])
+        low, high = min(ends), max(ends)
+        panel.set_ylim(low - 0.15 * (high - low), high + 1.6 * (high - low))
+        panel.set_xlim(0, 1.1 * record["settings"]["steps"] * step / 60)
+        panel.set_title(f"english-32l, drop {float(d):g} (layers {drop['block'][0]}:{drop['block'][1]})", fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+        panel.set_xlabel("minutes on one core", fontsize=8)
+    row[0].set_ylabel("held-out loss / ln V", fontsize=9)
+    handles, labels = row[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(target, dpi=130)
+
+
 def main() -> None:
     page = HERE / "healing.md"
     page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     draw(HERE / "healing.png")
+    draw_seconds(HERE / "healing-seconds.png")
 
 
 if __name__ == "__main__":
