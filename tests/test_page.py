@@ -197,7 +197,7 @@ def test_a_loss_that_wears_out_evenly_offers_no_cut(tmp_path: Path) -> None:
         assert head(html) == "Not decided: the loss rises evenly, no cliff"
         assert "--drop" not in points(html) and "parameters" not in points(html)
         assert "no recommendation: the loss rises evenly, no cliff" in terminal and "by the loss alone" not in terminal
-        assert terminal.count("o task was measured") == 1 and terminal.endswith("No task was measured; give --tasks A,B to measure some.")
+        assert terminal.count("o task was measured") == 1 and terminal.endswith("; give --tasks A,B to measure some.")
         assert_valid(html)
 
 
