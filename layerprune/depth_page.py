@@ -131,7 +131,7 @@ def _metrics(reference: bool) -> list[tuple[str, str]]:
     return [
         ("Cosine", "The last layer after which what is added turns from erasing (mean cosine below 0) to amplifying."),
         ("KL", f"{at} the lens's divergence from the final prediction is below half of its largest value."),
-        ("Overlap", f"{at} the lens shares more than 0.3 of its five first tokens with the final ones."),
+        ("Overlap", f"{at} the lens shares more than 0.3 of its top 5 tokens with the final ones."),
         ("In brackets", "(layer + 1) / layers: near 0 the first layers decide, at 1 only the last one does."),
     ]
 

@@ -226,7 +226,7 @@ def _legend(reference: bool) -> list[str]:
     return [
         "cosine   last layer before what is added turns from erasing (mean cosine below 0) to amplifying; none: no such turn",
         f"KL       {at} the lens's divergence from the final prediction is below half of its largest value",
-        f"overlap  {at} more than 0.3 of the lens's five first tokens are among the five final ones",
+        f"overlap  {at} more than 0.3 of the lens's top 5 tokens are among the final top 5",
     ]
 
 
