@@ -30,7 +30,8 @@ class LensSum:
     """Accumulates over real tokens, by tap l = 0..L-1, x^(l) being the input of layer l (0: the embedding).
 
     kl: KL(lens || final) in nats, the paper's direction; kl_final: KL(final || lens), the tuned lens's. overlap: share of the
-    lens's top 5 that are among the final top 5, in [0, 1]; top1: share of tokens whose first choice is the final one.
+    lens's top 5 that are among the final top 5, in [0, 1]; top1: top-1 agreement, the share of positions at which
+    the lens's top-1 token is the model's.
     """
 
     names = ("kl", "kl_final", "overlap", "top1")

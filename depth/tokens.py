@@ -58,9 +58,9 @@ def add_crossings(rank_LN: torch.Tensor, group_N: torch.Tensor, first_GK: torch.
 class TokensSum:
     """Accumulates over real tokens, G buckets of tokens by frequency and K ranks:
 
-    said_LG: the lens's first choices at layer l, by their bucket, and said_G those of the model; flipped_LG: of these, those
-    that are not the model's first choice (whether or not they were right). first_GK, last_GK: by the bucket of the model's
-    first choice, the sum of the first layer at which it has rank k or better, and of the first from which it keeps it; a
+    said_LG: the lens's top-1 tokens at layer l, by their bucket, and said_G those of the model; flipped_LG: of these, those
+    that are not the model's top-1 token (whether or not they were right). first_GK, last_GK: by the bucket of the model's
+    top-1 token, the sum of the first layer at which it has rank k or better, and of the first from which it keeps it; a
     token that never does before the end counts as L.
     """
 
@@ -78,7 +78,7 @@ class TokensSum:
         return int(self.said_G.sum())
 
     def update(self, top_LN: torch.Tensor, rank_LN: torch.Tensor, final_N: torch.Tensor, buckets_V: torch.Tensor) -> None:
-        """top_LN: the lens's first choice; rank_LN: the rank (1 is first) of the model's first choice final_N in the lens."""
+        """top_LN: the lens's top-1 token; rank_LN: the rank (1 is first) of the model's top-1 token final_N in the lens."""
         groups = len(BUCKETS) + 1
         own_N, said_LN = buckets_V[final_N], buckets_V[top_LN]
         flipped_LN = top_LN != final_N
@@ -93,7 +93,7 @@ class TokensSum:
             getattr(self, name).add_(getattr(other, name))
 
     def result(self) -> dict[str, Any]:
-        """share[l][g] of first choices, share_final[g]; flip_rate[l][g] (None where nothing was said); decided and kept:
+        """share[l][g] of top-1 tokens, share_final[g]; flip_rate[l][g] (None where nothing was said); decided and kept:
         [g][k] mean layers (None where the model never chose from the bucket)."""
         said_LG, said_G = self.said_LG.double(), self.said_G.double()
         return {

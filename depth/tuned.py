@@ -255,7 +255,7 @@ def evaluate_lens(
 ) -> LensSum:
     """Hold a tuned lens, or with None the logit lens at the layers' inputs, against the final prediction; all real tokens count.
 
-    By layer, as `LensSum` says: KL in both directions in nats, the share of equal first choices, the overlap of the top 5. Where
+    By layer, as `LensSum` says: KL in both directions in nats, the top-1 agreement, the overlap of the top 5. Where
     logits are equal to the bit, which of them is first is the library's choice. The lens may lie on any device; on the decoder's
     it is fastest. Raises UsageError for a lens of another shape, Refused for a model that the layerwise pass does not serve
     exactly, for values that are not finite, and where one sequence does not fit into the memory of a GPU.

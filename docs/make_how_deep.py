@@ -1,8 +1,9 @@
-"""The numbers and a figure of docs/how-deep.md, from the records in benchmarks/.
+"""The numbers and the figures of docs/how-deep.md, from the records in benchmarks/.
 
     python docs/make_how_deep.py
 
-Writes docs/depth-prunability.png, and what stands between the marks of docs/how-deep.md; a test holds the page to the records.
+Writes docs/depth-prunability.png and docs/depth-choices.png, and what stands between the marks of docs/how-deep.md; a test
+holds the page to the records.
 """
 
 from __future__ import annotations
@@ -62,16 +63,16 @@ def claims() -> str:
          f"no; attention's alone is below 0 in layers {listing(erasing['demo'])}"],
         ["effective depth is a stable share (KL / overlap)", shares("english-32l"), shares("demo")],  # type: ignore[arg-type]
         ["the lens says the ten most frequent tokens first (arXiv 2510.18871, by a tuned lens)",
-         f"no, by the logit lens: {said(english, 6, 17)} % of first choices in layers 6 to 17, "
+         f"no, by the logit lens: {said(english, 6, 17)} % of top-1 tokens in layers 6 to 17, "
          f"{100 * english['tokens']['share_final'][0]:.0f} % of the final ones",
          f"a little: {100 * demo['tokens']['share'][top][0]:.0f} % in layer {top}, "
          f"{100 * demo['tokens']['share_final'][0]:.0f} % in the end"],
         ["early frequent guesses are overturned", f"{flips(english, 1, 7)} % in layers 1 to 7",
          f"{flips(demo, 0, 5)} % in layers 0 to 5"],
         ["frequent tokens are decided earlier (first layer with rank 1; top 10 against the rest)", decided(english), decided(demo)],
-        ["multiple choice: options first, then the choice", "",
-         f"yes, sharply: all four letters are among the first eight from layer {listed} on, and the lens's choice among them "
-         f"is the model's in {100 * letters['chosen'][-3]:.0f} % of items at the input of layer 22, in "
+        ["multiple choice: first the options are found, then one is chosen", "",
+         f"yes, sharply: all four letters are among the top 8 tokens from layer {listed} on, and the best of them by the "
+         f"lens is the model's in {100 * letters['chosen'][-3]:.0f} % of items at the input of layer 22, in "
          f"{100 * letters['chosen'][-2]:.0f} % at that of 23"],
     ]  # fmt: skip
     yes = demo["choices"]["demo_yesno"]["right"]
@@ -117,10 +118,10 @@ def prompts() -> str:
                 continue
             rows.append([f"`{text}`", hundredths(max(column)), str(needed[-1]) if needed else "none", *map(hundredths, shares)])
         head = ["token", "erased: largest change", f"last depth above {LEAST}", *(f"gradients, layer {layer}" for layer in layers)]
-        answer = "".join(own["tokens"][cut:])
+        answer, count = "".join(own["tokens"][cut:]), own["answer_tokens"]
+        likely = "probability" if count == 1 else f"probabilities of its {count} tokens, summed:"
         parts.append(
-            f"{name}, answer `{answer}`, probability {own['probability']:.2f}"
-            f"{' (summed over its tokens)' if own['answer_tokens'] > 1 else ''}; gradients took {min(own['points'])} to "
+            f"{name}, answer `{answer}`, {likely} {own['probability']:.2f}; gradients took {min(own['points'])} to "
             f"{max(own['points'])} points a layer and miss at most {own['worst']:.4f}"
             f"{f' ({left} tokens with at most {LEAST} of everything are not shown)' if left else ''}:\n\n" + table(head, rows)
         )
@@ -137,7 +138,7 @@ def lenses() -> str:
             [f"{label}, {lens} lens", *(form(own[lens][value][layer]) for layer in layers)]
             for value, label, form in (
                 ("kl_final", "KL(final ‖ lens), nats", hundredths),
-                ("top1", "first choice is the final one", percent),
+                ("top1", "top-1 agreement", percent),
             )
             for lens in ("tuned", "logit")
         ]
@@ -233,9 +234,19 @@ def filled(page: str) -> str:
 def draw(target: Path) -> None:
     from layerprune.depth_maps import plot_prunability
 
+    _draw(target, plot_prunability, {name: read(file)["prunability"] for name, file in MODELS.items()})
+
+
+def draw_choices(target: Path) -> None:
+    from layerprune.depth_plots import plot_choices
+
+    models = read("depth.json")["models"]
+    _draw(target, plot_choices, {name: found["choices"] for name, found in models.items() if "choices" in found})
+
+
+def _draw(target: Path, plot: Callable[..., list[Path]], values: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        values = {name: read(file)["prunability"] for name, file in MODELS.items()}
-        (made,) = (path for path in plot_prunability(values, folder) if path.suffix == ".png")
+        (made,) = (path for path in plot(values, folder) if path.suffix == ".png")
         target.write_bytes(made.read_bytes())
 
 
@@ -243,6 +254,7 @@ def main() -> None:
     page = HERE / "how-deep.md"
     page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     draw(HERE / "depth-prunability.png")
+    draw_choices(HERE / "depth-choices.png")
 
 
 if __name__ == "__main__":

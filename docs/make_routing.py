@@ -26,11 +26,16 @@ def read(name: str) -> dict[str, Any]:
 
 
 def points(made: dict[str, Any]) -> str:
-    return f"{100 * made['difference']:+.1f} ({100 * made['low']:+.1f} to {100 * made['high']:+.1f}) points"
+    from layerprune.route_compare import in_points
+
+    difference, low, high = (in_points(made[key]) for key in ("difference", "low", "high"))
+    return f"{difference} ({low} to {high}) points"
 
 
 def verdict(runs: dict[str, Any]) -> str:
     """How often routing won and lost, and what the routers' own choice gave."""
+    from layerprune.route_compare import interval, right_answers
+
     made = [one["against"]["angular"] for run in runs.values() for one in run["measured"]["routed"]]
     won, lost = sum(one["low"] > 0 for one in made), sum(one["high"] < 0 for one in made)
     lines = [
@@ -42,9 +47,11 @@ def verdict(runs: dict[str, Any]) -> str:
     for name, run in runs.items():
         found = run["measured"]
         own = next(one for one in found["routed"] if one["name"] == "router")
+        beside = own["against"]["angular"]
         lines.append(
             f"- {name}: {own['layers']:.2f} of {found['layers']} layers, accuracy {own['accuracy']:.3f} (whole model "
-            f"{found['base']['accuracy']:.3f}), {points(own['against']['angular'])} against the cut."
+            f"{found['base']['accuracy']:.3f}): {right_answers(beside['difference'])} the cut "
+            f"({interval(beside['low'], beside['high'])})."
         )
     return "\n".join(lines)
 

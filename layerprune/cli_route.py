@@ -104,9 +104,12 @@ def train(as_json: bool, **options: Any) -> None:
     "repeated; execute is always measured  [-0.6, router, -0.25, 0].",
 )  # fmt: skip
 @click.option(
-    "--static", type=click.Choice(["angular", "last-n", "both", "none"]), default="both", show_default=True,
-    help="Static cuts to measure beside them, on the same items.",
-)  # fmt: skip
+    "--static",
+    default="both",
+    show_default=True,
+    metavar="S",
+    help="Static cuts to measure beside them, on the same items: angular, last, both or none.",
+)
 @click.option("--rank", metavar="FILE", help="rank.json of `layerprune rank`, for the angular cuts; without it, ranks first.")
 @with_options(SEED, DTYPE, DEVICE, TRUST, out_folder("runs/<model>-routed"), JSON, VERBOSE)
 def evaluate(tasks: str | None, dials: tuple[str, ...], as_json: bool, **options: Any) -> None:

@@ -26,7 +26,7 @@ def lens_folder(given: str | Path) -> Path:
 
 
 def tuned(loaded: Loaded) -> dict[str, Any]:
-    """tuned.json: by layer, KL in nats (both directions), overlap of the top 5 and first choices of the tuned lens (`tuned`) and
+    """tuned.json: by layer, KL in nats (both directions), overlap of the top 5 and top-1 agreement of the tuned lens (`tuned`) and
     of the logit lens (`logit`), over the same documents, against the final prediction; `training` where one was trained.
 
     A trained lens is kept in <label>/tuned-lens, and its training in .work until it is done.

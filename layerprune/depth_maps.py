@@ -82,9 +82,12 @@ def plot_erasure(values: Mapping[str, Mapping[str, Any]], folder: str | Path) ->
 
 
 def plot_gradients(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
-    """Draw gradients.json of one or several models, a map each: red adds to the answer's probability; returns the files."""
+    """Draw gradients.json of one or several models, a map each: red adds to the answer's probability, which over
+    several tokens is the sum of theirs; returns the files."""
     maps = {model: [row[:-1] for row in found["map"]] for model, found in values.items()}
-    return _maps(values, maps, folder, "gradients", "part of the answer's probability", "output of layer (0-based)")
+    summed = any(found["answer_tokens"] > 1 for found in values.values())
+    title = "part of the summed probability" if summed else "part of the answer's probability"
+    return _maps(values, maps, folder, "gradients", title, "output of layer (0-based)")
 
 
 def _maps(
@@ -118,13 +121,21 @@ def _maps(
             axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
             axes.set_ylabel(label)
             gold = "".join(found["tokens"][len(found["tokens"]) - found["answer_tokens"] :])
-            much = f" (probability {found['probability']:.3g})" if "probability" in found else ""
-            axes.set_title(f"{model}: answer “{token_label(gold)}”{much}")
+            axes.set_title(f"{model}: answer “{token_label(gold)}”{_much(found)}")
             # the answer's own tokens, all but the last, stand behind this line
             start = len(found["tokens"]) - found["answer_tokens"] - 0.5
             if start < len(texts) - 0.5:
                 axes.axvline(start, color="white" if not signed else "black", lw=1.2, ls="--")
         return save(figure, Path(folder), name)
+
+
+def _much(found: Mapping[str, Any]) -> str:
+    """What `probability` of gradients.json is: that of one token, or the sum over several, which can be above 1."""
+    if "probability" not in found:
+        return ""
+    count = found["answer_tokens"]
+    what = "probability" if count == 1 else f"probabilities of {count} tokens, summed:"
+    return f" ({what} {found['probability']:.3g})"
 
 
 def token_label(text: str) -> str:

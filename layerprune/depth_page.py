@@ -23,17 +23,17 @@ _PROBES = {
     ),
     "lens": (
         "When the prediction stands",
-        _SHARE + "the divergence is 0 and both shares are 1 where that says what the model says in the end; shares of 0 mean that "
-        "nothing of it shows yet.",
+        _SHARE + "the divergence is 0, and the overlap of the top 5 and the top-1 agreement (the share of positions where its most "
+        "probable token is the model's) are 1 where that says what the model says in the end; at 0 nothing of it shows yet.",
     ),
     "tuned": (
         "When the prediction stands, by a tuned lens",
-        "As the logit lens, with an affine map fitted to each layer first: a divergence of 0 and shares of 1 where it says what "
-        "the model says in the end; a divergence that is far above the others leaves the panel.",
+        "As the logit lens, with an affine map fitted to each layer first: a divergence of 0 and a top-1 agreement of 1 where it "
+        "says what the model says in the end; a divergence that is far above the others leaves the panel.",
     ),
     "tokens": (
         "Frequent and rare tokens",
-        _SHARE + "the share of first choices that fall on tokens of each frequency, from 0 to 1; of these, the share that the end "
+        _SHARE + "the share of top-1 tokens that fall on tokens of each frequency, from 0 to 1; of these, the share that the end "
         "overturns (0: all stand, 1: none does); and the mean first layer at which the final token has rank k or better, dotted "
         "that from which it keeps it (0: at the embedding, L: only in the end).",
     ),
@@ -49,13 +49,14 @@ _PROBES = {
     ),
     "choices": (
         "Multiple choice",
-        _SHARE + "the share of questions, from 0 to 1, whose options are all among the first, whose choice is already the model's, "
-        "whose choice is right; and the probability of all options together.",
+        _SHARE + "the share of items, from 0 to 1, whose n options are all among its top 2n tokens, whose best option is already "
+        "the model's, whose best option is the right one; and the probability of all options together.",
     ),
     "skip": (
         "What skipping a layer does",
-        "Left, the change of what a later layer adds, 0 for none and 1 for as much as it adds or more; right, the change of the "
-        "output's distribution, from 0 for none to 1.41 (the root of 2) from one certain token to another.",
+        "Left, the change of what a later layer adds, 0 for none and 1 for as much as it adds (skips that stand out far above the "
+        "others share the last colour); right, on a logarithmic axis that has no 0, the change of the output's distribution, up "
+        "to 1.41 (the root of 2) from one certain token to another.",
     ),
     "erasure": (
         "Until when a token's state matters",
@@ -65,9 +66,10 @@ _PROBES = {
     ),
     "gradients": (
         "Where the answer comes from",
-        "What a token's state at a layer adds to the probability of the answer's tokens (summed, beside the answer), by integrated "
-        "gradients from the mean state of the prompt: a row adds up to that probability less the one at the mean; below 0 the "
-        "state speaks against the answer, whose own tokens, all but the last, stand right of the dashed line.",
+        "What a token's state at a layer adds to the answer's probability (beside the answer; over several tokens the sum of "
+        "theirs, which can be above 1), by integrated gradients from the mean state of the prompt: a row adds up to it less the "
+        "one at the mean; below 0 the state speaks against the answer, whose own tokens, all but the last, stand right of the "
+        "dashed line.",
     ),
     "prunability": (
         "What speaks for a cut",
@@ -129,7 +131,7 @@ def _metrics(reference: bool) -> list[tuple[str, str]]:
     return [
         ("Cosine", "The last layer after which what is added turns from erasing (mean cosine below 0) to amplifying."),
         ("KL", f"{at} the lens's divergence from the final prediction is below half of its largest value."),
-        ("Overlap", f"{at} the lens shares more than 0.3 of its five first tokens with the final ones."),
+        ("Overlap", f"{at} the lens shares more than 0.3 of its top 5 tokens with the final ones."),
         ("In brackets", "(layer + 1) / layers: near 0 the first layers decide, at 1 only the last one does."),
     ]
 

@@ -38,11 +38,11 @@ def plot_residual(values: Values, folder: str | Path) -> list[Path]:
 
 
 def plot_lens(values: Values, folder: str | Path) -> list[Path]:
-    """Draw lens.json of one or several models: divergence, overlap of the top 5, first choices; returns the files."""
+    """Draw lens.json of one or several models: divergence, overlap of the top 5, top-1 agreement; returns the files."""
     shown = {
         "kl": "KL(lens || final), nats",
         "overlap": "overlap of the top 5",
-        "top1": "first choice is the final one",
+        "top1": "top-1 agreement",
     }
     with look():
         figure = new_figure(9.2, 3.4)
@@ -57,7 +57,7 @@ def plot_lens(values: Values, folder: str | Path) -> list[Path]:
 
 
 def plot_tokens(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
-    """Draw tokens.json of one or several models, a row each: first choices and their flips by frequency, and the mean first
+    """Draw tokens.json of one or several models, a row each: top-1 tokens and their flips by frequency, and the mean first
     layer at which the final token has rank k or better (dotted: from which it keeps it); returns the files."""
     with look():
         figure = new_figure(9.2, 0.6 + 2.7 * len(values))
@@ -76,7 +76,7 @@ def plot_tokens(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> 
             row[1].set_ylim(0, 1.02)
             row[2].set_ylim(0, len(found["share"]))
             row[2].set_xscale("log")
-        titles = ("share of first choices\n(dots: the model's own)", "changed until the end", "mean first layer with rank <= k")
+        titles = ("share of top-1 tokens\n(dots: the model's own)", "changed until the end", "mean first layer with rank <= k")
         for axes, title in zip(grid[0], titles, strict=True):
             axes.set_title(title)
         for axes, label in zip(grid[-1], ("layer (0-based)", "layer (0-based)", "k"), strict=True):
@@ -87,12 +87,16 @@ def plot_tokens(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> 
 
 
 def plot_choices(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
-    """Draw choices.json of one or several models, a panel a task and model: options listed, chosen, right; returns the files."""
+    """Draw choices.json of one or several models, a panel a task and model: options listed, the best one; returns the files."""
     panels = [(model, task, found) for model, tasks in values.items() for task, found in tasks.items() if task != "asked"]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    lines = {"listed": "all options among the first", "mass": "probability of the options", "chosen": "the model's choice",
-             "right": "the right choice"}  # fmt: skip
+    lines = {
+        "listed": "all n options among the top 2n",
+        "mass": "probability of all options",
+        "chosen": "best option is the model's",
+        "right": "best option is the right one",
+    }
     with look():
         figure = new_figure(0.6 + 3.1 * max(2, columns), 0.7 + 2.6 * rows)
         grid = figure.subplots(rows, columns, squeeze=False)
@@ -103,6 +107,8 @@ def plot_choices(values: Mapping[str, Mapping[str, Any]], folder: str | Path) ->
             axes.set_ylim(0, 1.02)
             axes.set_title(f"{model}: {task}")
             axes.set_xlabel("tap: input of layer l (last: the model's end)")
+        for row in grid:
+            row[0].set_ylabel("share of items, or probability")
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
         handles, labels = grid[0][0].get_legend_handles_labels()
@@ -111,8 +117,9 @@ def plot_choices(values: Mapping[str, Mapping[str, Any]], folder: str | Path) ->
 
 
 def plot_skip(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
-    """Draw skip.json of one or several models, a row each: the map of mean effects on later layers for future tokens, and the
-    effect on the output by layer, for future and for all tokens; returns the files."""
+    """Draw skip.json of one or several models, a row each: the map of mean effects on later layers for future tokens, its
+    colours by the layers whose skip does not stand out, and the effect on the output by layer, for future and for all tokens,
+    on a logarithmic axis where an effect of 0 has no place; returns the files."""
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
@@ -121,24 +128,39 @@ def plot_skip(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> li
         grid = figure.subplots(len(values), 2, squeeze=False)
         for row, (model, found) in zip(grid, values.items(), strict=True):
             shown_SL = np.array([[_nan(v) for v in line] for line in found["future"]["mean"]["contribution"]], dtype=float)
-            image = row[0].imshow(shown_SL.T, origin="lower", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-            bar = figure.colorbar(image, ax=row[0], pad=0.02)
-            bar.set_label("change of its contribution")
+            top, most = _colour_top(shown_SL), float(np.nanmax(shown_SL, initial=0))
+            clipped = most > top
+            image = row[0].imshow(shown_SL.T, origin="lower", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
+            bar = figure.colorbar(image, ax=row[0], pad=0.02, extend="max" if clipped else "neither")
+            bar.set_label("change of its contribution" + f"\n(colours end at {top:.2g}, largest {most:.2g})" * clipped)
             bar.outline.set_visible(False)
             row[0].set(xlabel="layer skipped (0-based)", ylabel="layer observed", title=f"{model}: future tokens")
             for variant, colour in (("future", COLOURS[0]), ("all", COLOURS[1])):
-                row[1].plot(found[variant]["mean"]["output"], color=colour, lw=1.5, label=f"{variant} tokens")
-            row[1].set_ylim(0, None)
-            row[1].set(xlabel="layer skipped (0-based)", ylabel="change of the output (L2)")
+                line = [v if v > 0 else float("nan") for v in found[variant]["mean"]["output"]]
+                row[1].plot(line, color=colour, lw=1.5, marker="o", ms=2.5, label=f"{variant} tokens")
+            row[1].set_yscale("log")
+            row[1].set(xlabel="layer skipped (0-based)", ylabel="change of the output (L2, log axis)", title=f"{model}: output")
             for axis in (row[0].xaxis, row[0].yaxis, row[1].xaxis):
                 axis.set_major_locator(MaxNLocator(integer=True, nbins=8))
             row[1].legend()
         return save(figure, Path(folder), "skip")
 
 
+def _colour_top(shown_SL: Any) -> float:
+    """Where the colours of a skip map end: the 98th percentile of the cells of all skipped layers but the strongest one, which
+    is mostly layer 0 and can be many times the others; the largest cell where that is less than half as much again."""
+    import numpy as np
+
+    known_SL = np.nan_to_num(shown_SL, nan=-1.0)
+    rest_N = np.delete(known_SL, known_SL.max(axis=1).argmax(), axis=0)
+    rest_N, most = rest_N[rest_N >= 0], max(float(known_SL.max()), 1e-9)
+    top = float(np.quantile(rest_N, 0.98)) if rest_N.size else most
+    return top if 0 < 1.5 * top < most else most
+
+
 def plot_tuned(values: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
-    """Draw tuned.json of one or several models: divergence and first choices, the logit lens dashed; returns the files."""
-    shown = {"kl_final": "KL(final || lens), nats", "top1": "first choice is the final one"}
+    """Draw tuned.json of one or several models: divergence and top-1 agreement, the logit lens dashed; returns the files."""
+    shown = {"kl_final": "KL(final || lens), nats", "top1": "top-1 agreement"}
     with look():
         figure = new_figure(7.4, 3.5)
         panels = figure.subplots(1, 2)

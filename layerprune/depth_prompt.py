@@ -67,6 +67,8 @@ def erasure(loaded: Loaded) -> dict[str, Any]:
 def gradients(loaded: Loaded) -> dict[str, Any]:
     """gradients.json: `map` (L, T), its completeness, and `points` of the path taken by layer, see `Attribution`.
 
+    `probability` is that of the answer's one token, and over several the sum of theirs, in [0, number of tokens].
+
     Raises Refused at the first layer that is not within the tolerance at the most points.
     """
     from layerprune.depth.gradients import integrated_gradients

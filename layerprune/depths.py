@@ -157,8 +157,10 @@ def _notes(probes: Mapping[str, Any]) -> list[str]:
         )
     if "gradients" in probes:
         own = probes["gradients"]
+        count = own["answer_tokens"]
+        told = "probability of the answer" if count == 1 else f"probabilities of the answer's {count} tokens, summed:"
         notes.append(
-            f"gradients: probability of the answer's tokens, summed, {own['probability']:.3g}; sums miss the change by at most "
+            f"gradients: {told} {own['probability']:.3g}; a layer's gradients miss its change by at most "
             f"{own['worst']:.2g} ({min(own['points'])} to {max(own['points'])} points; {100 * own['tolerance']:g} % is let pass)"
         )
     for name in ("words", "answers"):
@@ -170,7 +172,7 @@ def _notes(probes: Mapping[str, Any]) -> list[str]:
         kl, top1 = ([sum(own[lens][name]) / len(own[lens][name]) for lens in ("tuned", "logit")] for name in ("kl_final", "top1"))
         notes.append(
             f"tuned lens: mean over layers of KL(final || lens) {kl[0]:.3f} nats against {kl[1]:.3f} by the logit lens; "
-            f"first choice right {100 * top1[0]:.1f} % against {100 * top1[1]:.1f} %"
+            f"top-1 agreement {100 * top1[0]:.1f} % against {100 * top1[1]:.1f} %"
         )
     return notes
 
@@ -224,7 +226,7 @@ def _legend(reference: bool) -> list[str]:
     return [
         "cosine   last layer before what is added turns from erasing (mean cosine below 0) to amplifying; none: no such turn",
         f"KL       {at} the lens's divergence from the final prediction is below half of its largest value",
-        f"overlap  {at} more than 0.3 of the lens's five first tokens are among the five final ones",
+        f"overlap  {at} more than 0.3 of the lens's top 5 tokens are among the final top 5",
     ]
 
 

@@ -77,7 +77,7 @@ def _by_loss(layers: int, own: Mapping[str, Sequence[Row]], collapse: Row, evalu
         head = "Not decided: no task above chance, and no sharpest rise of the loss" if flat else "Nothing to decide yet"
         points.append(("To decide", "Measure more depths, and tasks on which the whole model is above chance (--tasks)."))
         return {"head": head, "points": points, "cut": None}
-    decide = ("To decide", "A loss says little of what a model still knows: measure tasks that the whole model can do.")
+    decide = ("To decide", "A loss says little of what a model still knows: measure tasks that the whole model can do (--tasks).")
     best = deepest_cliff(rises)
     if best is None:
         return {"head": "Not decided: the loss rises evenly, no cliff", "points": [*points, decide], "cut": None}

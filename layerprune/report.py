@@ -73,6 +73,7 @@ def format_find(result: Mapping[str, Any]) -> str:
 def format_collapse(found: Mapping[str, Any]) -> list[str]:
     """Where each series collapses, and the recommendation, as lines."""
     lines = []
+    without = not any(one["tasks"] or one.get("not_counted") for one in found["series"].values())
     for name, one in found["series"].items():
         parts = []
         for task, data in one["tasks"].items():
@@ -90,12 +91,14 @@ def format_collapse(found: Mapping[str, Any]) -> list[str]:
             past = f", passes 1 at n = {loss['above_one']}" if loss["above_one"] is not None else ""
             parts.append(f"loss rises most from n = {loss['from_n']} to {loss['to_n']}{past}")
         lines.append(f"{name}: " + "; ".join(parts))
-        lines.append(f"  {one['recommendation']['why']}")
+        if not without:  # else it is said once, below
+            lines.append(f"  {one['recommendation']['why']}")
         if one.get("not_counted"):
             lines.append(f"  not counted, since no item is right or wrong there: {', '.join(one['not_counted'])}")
     best = found["verdict"]
     if best is not None:
-        lines += ["", _by_loss(best["why"], found) if best["status"] == "no task above chance" else _advice(best, found["keep"])]
+        why = best["why"].removesuffix(".") + "; give --tasks A,B to measure some." if without else best["why"]
+        lines += ["", _by_loss(why, found) if best["status"] == "no task above chance" else _advice(best, found["keep"])]
     return lines
 
 

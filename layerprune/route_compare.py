@@ -84,18 +84,33 @@ _STRATEGIES = {"angular": "cut by angular distance", "last": "cut by last n"}
 
 
 def sentence(found: Difference, dial: str, strategy: str) -> str:
-    """Who wins at this depth, in one sentence."""
+    """How routing does at this depth beside a static cut, in one sentence."""
     other = f"the model {_STRATEGIES[strategy]}"
-    how = f"95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
     low, high = found.between
     if found.deeper:
         depth = f"with {found.depth:.2f} layers on average, more than the model has,"
         other = "the whole model"
     else:
         depth = f"at {found.depth:.2f} layers" + ("" if low == high else f" (the cut interpolated between {low} and {high})")
-    if found.winner == "not decided":
-        return f"Not decided: {depth} routing ({dial}) answers {100 * found.difference:+.1f} points against {other}, {how}."
-    routed = f"routing ({dial})"
-    better, worse = (routed, other) if found.winner == "routing" else (other, routed)
-    text = f"{depth} {better} answers {100 * abs(found.difference):.1f} points more than {worse}: {how}."
-    return text[0].upper() + text[1:]
+    text = f"{depth} routing ({dial}) gives {right_answers(found.difference)} {other} ({interval(found.low, found.high)})."
+    return f"Not decided: {text}" if found.winner == "not decided" else text[0].upper() + text[1:]
+
+
+def right_answers(difference: float) -> str:
+    """A difference of accuracies as words: `1.1 points fewer right answers than`."""
+    points = round(100 * difference, 1)
+    if points == 0:
+        return "as many right answers as"
+    return f"{abs(points):.1f} points {'more' if points > 0 else 'fewer'} right answers than"
+
+
+def interval(low: float, high: float) -> str:
+    return f"{100 * CONFIDENCE:g} % interval {in_points(low)} to {in_points(high)}"
+
+
+def in_points(share: float) -> str:
+    """A difference of shares in points, with its sign: one digit after the point, more where only these tell it from 0."""
+    points = round(100 * share, 3)
+    if points == 0:
+        return "0.0"
+    return f"{points:+.1f}" if abs(points) >= 0.05 else f"{points:+.1g}"

@@ -16,6 +16,7 @@ from layerprune.model.progress import progress_bar
 from layerprune.route.items import Item, prompt_key
 from layerprune.route.paths import Counts, whole_path
 from layerprune.route.routed import RoutedModel
+from layerprune.route_summary import all_searched
 from layerprune.stages import Say
 
 Right = dict[str, list[int]]
@@ -30,12 +31,32 @@ class OfTasks:
         from layerprune.task_requests import pick_splits
 
         self.tokenizer, self.limit, self.seed, self.progress, self.say = tokenizer, wanted.limit, seed, progress, say
+        self.source, self.trust = wanted.source, wanted.trust
         self.ready = load_tasks(wanted.tasks, wanted.task_folder, wanted.seed)
         for name, task in self.ready.tasks.items():  # most show it before anything is measured
             metrics = {metric["metric"] for metric in getattr(task.config, "metric_list", None) or ()}
             if metrics and not metrics & set(ACCURACIES):
                 raise _without_items(name)
         self.splits = pick_splits(self.ready, wanted.split, ("test", "validation"))
+
+    def must_leave_some(self, searched: frozenset[str]) -> None:
+        """Before a model is loaded. Raises Refused for a task all of whose items have prompts (`prompt_key`) of the search."""
+        from layerprune.eval.harness import LiveModel
+        from layerprune.eval.tasks import quiet
+        from layerprune.model.verify import meta_decoder
+        from layerprune.task_requests import task_requests
+
+        documents = task_requests(self.ready, self.limit, self.seed, self.splits)
+        with quiet():  # lm-eval's tokenisation asks a model for its config only
+            lm = LiveModel(meta_decoder(self.source.folder, self.trust).model, self.tokenizer)
+
+        def was_searched(texts: Sequence[str]) -> bool:
+            return any(prompt_key(lm._encode_pair(text, "")[0]) in searched for text in texts)
+
+        for name in self.ready.names:
+            items = [_texts(pairs.pairs) for leaf in self._leaves(name) for pairs in documents[leaf]]
+            if items and all(map(was_searched, items)):
+                raise all_searched(name, len(items))
 
     @contextlib.contextmanager
     def opened(self, live: Any) -> Iterator[None]:
@@ -102,6 +123,13 @@ class OfItems:
         from layerprune.route.reward import goes_on_with
 
         self.items, self.progress, self.goes_on = items, progress, goes_on_with(tokenizer)
+
+    def must_leave_some(self, searched: frozenset[str]) -> None:
+        """As `OfTasks.must_leave_some`."""
+        for task in dict.fromkeys(item.task for item in self.items):
+            prompts = [item.prompt for item in self.items if item.task == task]
+            if all(prompt_key(prompt) in searched for prompt in prompts):
+                raise all_searched(task, len(prompts))
 
     @contextlib.contextmanager
     def opened(self, live: Any) -> Iterator[None]:
@@ -179,6 +207,10 @@ def _contexts(samples: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for sample in sorted(first, key=lambda s: s["doc_id"]):
         arguments = sample["arguments"]
         pairs = list(arguments.values()) if isinstance(arguments, Mapping) else list(arguments)
-        texts = [pair["arg_0"] if isinstance(pair, Mapping) else pair[0] for pair in pairs]
-        found.append(list(dict.fromkeys(text for text in texts if text.strip())))
+        found.append(_texts([(pair["arg_0"],) if isinstance(pair, Mapping) else pair for pair in pairs]))
     return found
+
+
+def _texts(pairs: Sequence[Sequence[str]]) -> list[str]:
+    """The contexts of an item's requests, which come first in each, every one once."""
+    return list(dict.fromkeys(pair[0] for pair in pairs if pair[0].strip()))

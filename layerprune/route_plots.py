@@ -101,10 +101,20 @@ def _score(one: Mapping[str, Any], task: str | None) -> float:
 
 
 def plot_usage(result: Mapping[str, Any], folder: str | Path, model: str = "") -> list[Path]:
-    """Draw how often each layer runs on average (0 skipped, 1 executed, 2 repeated) by task, a panel a dial; returns the files."""
-    dials: Sequence[Mapping[str, Any]] = result["routed"]
+    """Draw how often each layer runs on average (0 skipped, 1 executed, 2 repeated) by task, a panel a dial; dials at which
+    every layer runs once on every prompt are named instead. Returns the files."""
+    dials: Sequence[Mapping[str, Any]] = [one for one in result["routed"] if not _runs_once(one)]
+    once = [one["name"] for one in result["routed"] if _runs_once(one)]
+    told = f"not drawn, since every layer runs once on every prompt: dial {', '.join(once)}" if once else ""
     with look():
-        figure = new_figure(7.6, 1.4 + 1.7 * len(dials))
+        figure = new_figure(7.6, 1.4 + 1.7 * max(1, len(dials)))
+        title = f"How often each layer runs{', ' + model if model else ''}"
+        figure.suptitle(f"{title}\n{told}" if told and dials else title, fontsize=11)
+        if not dials:
+            axes = figure.add_subplot()
+            axes.axis("off")
+            axes.text(0.5, 0.5, told or "no dial was measured", ha="center", va="center", transform=axes.transAxes)
+            return save(figure, Path(folder), "usage")
         panels = figure.subplots(len(dials), 1, squeeze=False, sharex=True)[:, 0]
         for axes, one in zip(panels, dials, strict=True):
             axes.axhline(1, color=GREY, lw=0.9, ls="--", zorder=1)
@@ -122,6 +132,9 @@ def plot_usage(result: Mapping[str, Any], folder: str | Path, model: str = "") -
         panels[-1].set_xlim(-0.7, result["layers"] - 0.3)
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
         figure.supylabel("runs of the layer, mean over items", fontsize=9)
-        figure.suptitle(f"How often each layer runs{', ' + model if model else ''}", fontsize=11)
         legend(figure, panels[:1], None)
         return save(figure, Path(folder), "usage")
+
+
+def _runs_once(dial: Mapping[str, Any]) -> bool:
+    return all(mean == 1 for mean_L in dial["usage"].values() for mean in mean_L)

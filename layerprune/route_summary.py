@@ -48,11 +48,13 @@ def left(plan: Plan, part: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]
     for task, made in part["tasks"].items():
         places = [i for i, keys in enumerate(made["keys"]) if not searched.intersection(keys)]
         if not places:
-            raise Refused(
-                f"all {len(made['keys'])} items of {task} were in the search of these routers: measure on another --split or others"
-            )
+            raise all_searched(task, len(made["keys"]))
         found[task] = {"places": places, **{key: [made[key][i] for i in places] for key in ("right", "paths")}}
     return found
+
+
+def all_searched(task: str, items: int) -> Refused:
+    return Refused(f"all {items} items of {task} were in the search of these routers: measure on another --split or others")
 
 
 def mean_layers(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float, dict[str, float]]:

@@ -23,7 +23,9 @@ from layerprune.stages import Say, to_stderr
 
 DIALS: tuple[str | float, ...] = (-0.6, "router", -0.25, 0.0)
 """From more skipping than the routers ask for to less: a curve of accuracy against depth."""
-STATIC = {"both": ("angular", "last"), "angular": ("angular",), "last-n": ("last",), "none": ()}
+STATIC = {"both": ("angular", "last"), "angular": ("angular",), "last": ("last",), "none": ()}
+_ALSO = {"last-n": "last"}
+"""Another name that is understood for one of STATIC."""
 _KIND = "route eval"
 
 
@@ -52,7 +54,7 @@ def evaluate_routing(
     routers: the folder of `route train`, or its routers/. tasks: lm-eval tasks, scored by lm-eval itself; items: instead of
     them, a file (`layerprune.route.items`), whose items are right by the reward of the search. split: documents of the tasks,
     by default those for testing. Items whose prompts were in the search of the routers are left out, and counted. dials: see
-    `turn_dial`; by default DIALS; the whole model (`execute`) is always measured. static: angular, last-n, both or none: cuts
+    `turn_dial`; by default DIALS; the whole model (`execute`) is always measured. static: angular, last, both or none: cuts
     by these strategies that keep the whole numbers of layers around each mean depth; angular takes its blocks from `rank`
     (a rank.json), else ranks on the recipe's calibration data.
 
@@ -66,6 +68,7 @@ def evaluate_routing(
     from layerprune.model.load import pick_device, pick_dtype
     from layerprune.route_items import want_items
 
+    static = _ALSO.get(static, static)
     if static not in STATIC:
         raise UsageError(f"--static {static} is none of {', '.join(STATIC)}")
     if rank is not None and "angular" not in STATIC[static]:
@@ -140,7 +143,7 @@ def _check_calibration(source: ModelSource, seed: int) -> None:
         check_data(data, "calibration data", "validation", seed)
     except (Refused, UsageError) as error:
         raise type(error)(
-            f"angular cuts need a ranking ({error}): give --rank FILE of `layerprune rank`, or --static last-n"
+            f"angular cuts need a ranking ({error}): give --rank FILE of `layerprune rank`, or --static last"
         ) from None
 
 
@@ -157,10 +160,10 @@ class Evaluation:
             self._stack = stack
             for name in plan.dials:
                 if not (self.opened.path / routed_file(name)).exists():
+                    self._ready()
                     self.say(f"measuring the dial {name}")
                     with self.opened.phase(f"dial {name}"):
                         self.opened.once(routed_file(name), partial(self._routed, plan.dials[name]))
-                left(plan, read_json(self.opened.path / routed_file(name)))  # refuses after one dial what no dial can measure
             missing = self._missing_cuts()
             if missing:
                 self.say(f"measuring {len(set(missing.values()))} static cuts")
@@ -178,6 +181,8 @@ class Evaluation:
             plan, source = self.plan, self.plan.source
             self._tokenizer = load_tokenizer(source.folder, plan.trust)
             measure = measure_of(plan.wanted, self._tokenizer, plan.seed, self.progress, self.say)
+            if plan.searched and not (self.opened.path / routed_file("execute")).exists():
+                measure.must_leave_some(plan.searched)
             self._live = load_model(
                 source.folder, device=plan.device, dtype=plan.dtype, trust_remote_code=plan.trust, progress=self.progress
             )

@@ -160,7 +160,7 @@ def test_erasure_and_gradients_of_a_prompt_against_the_model_itself(
     arguments += ["--length", str(LENGTH), "--device", "cpu", "--out", str(tmp_path / "out"), "--probe", "erasure,gradients"]
     done = CliRunner().invoke(main, [*arguments, "--prompt", "the river goes to", "--answer", " the mill"])
     assert done.exit_code == 0, done.output
-    assert "no --prompt was given" not in done.stdout and "gradients: probability of the answer's tokens" in done.stdout
+    assert "no --prompt was given" not in done.stdout and "gradients: probabilities of the answer's" in done.stdout
     erased, integrated = stored(tmp_path / "out", "erasure"), stored(tmp_path / "out", "gradients")
     tokenizer = load_tokenizer(run_inputs / "model")
     ids, gold = tokenizer("the river goes to the mill")["input_ids"], len(tokenizer(" the mill")["input_ids"])

@@ -197,6 +197,7 @@ def test_a_loss_that_wears_out_evenly_offers_no_cut(tmp_path: Path) -> None:
         assert head(html) == "Not decided: the loss rises evenly, no cliff"
         assert "--drop" not in points(html) and "parameters" not in points(html)
         assert "no recommendation: the loss rises evenly, no cliff" in terminal and "by the loss alone" not in terminal
+        assert terminal.count("o task was measured") == 1 and terminal.endswith("; give --tasks A,B to measure some.")
         assert_valid(html)
 
 
@@ -551,3 +552,13 @@ def test_the_checks_see_what_they_are_for(
         browser.open(tmp_path / "report.html", width)
         assert browser.complaints() != []
         assert browser.wider_than_the_window() > 0
+
+
+def test_that_no_task_was_measured_is_said_once_for_all_series(tmp_path: Path) -> None:
+    def told(name: str, tasks: int) -> str:
+        return "\n".join(format_collapse(read_json(make(tmp_path / name, tasks=tasks) / "collapse.json")))
+
+    without = told("without", 0)
+    assert without.count("loss rises most") > 1 and without.count("o task was measured") == 1 and "--tasks" in without
+    both = told("with", 1)
+    assert "o task was measured" not in both and "give --tasks" not in both

@@ -7,6 +7,7 @@ import math
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from layerprune import route_use
+from layerprune import route_figures, route_plots, route_use
 from layerprune.cli import main
 from layerprune.eval.evaluate import evaluate_live
 from layerprune.model.cuts import Block, last_block
@@ -177,7 +178,7 @@ def test_an_evaluation_says_what_brute_force_says(run_inputs: Path, tmp_path: Pa
 def test_planted_routers_are_followed_and_their_length_is_compared_fairly(run_inputs: Path, tmp_path: Path, make: Make) -> None:
     """One layer skipped, one repeated: as long as the model, so it is compared with the model itself."""
     found = evaluate_routing(
-        run_inputs / "model", make(PLANTED), **options(run_inputs, tmp_path / "out", dials=["router"], static="last-n")
+        run_inputs / "model", make(PLANTED), **options(run_inputs, tmp_path / "out", dials=["router"], static="last")
     )
     (one,) = found["routed"]
     assert one["layers"] == LAYERS and one["usage"]["tiny"] == list(PLANTED)
@@ -190,7 +191,7 @@ def test_planted_routers_are_followed_and_their_length_is_compared_fairly(run_in
 def test_a_file_of_items_counts_by_the_reward_of_the_search(run_inputs: Path, tmp_path: Path, make: Make, items_file: Path) -> None:
     routers = make()
     found = evaluate_routing(
-        run_inputs / "model", routers, items=items_file, static="last-n", dials=["router"], device="cpu", out=tmp_path / "out",
+        run_inputs / "model", routers, items=items_file, static="last", dials=["router"], device="cpu", out=tmp_path / "out",
         say=lambda line: None,
     )  # fmt: skip
     model, tokenizer = live(run_inputs)
@@ -214,12 +215,12 @@ def test_a_file_of_items_counts_by_the_reward_of_the_search(run_inputs: Path, tm
     assert "even" in format_routing(found) and "odd" in format_routing(found)
 
 
-def test_items_of_the_search_are_left_out(run_inputs: Path, tmp_path: Path, make: Make) -> None:
+def test_items_of_the_search_are_left_out(run_inputs: Path, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(run_inputs / "model")
     keys = [prompt_key(tokenizer(doc["question"])["input_ids"]) for doc in docs_of(run_inputs)]
     routers = make(about={"prompts": [keys[0], keys[3], keys[7], "0" * 16]})
     found = evaluate_routing(
-        run_inputs / "model", routers, **options(run_inputs, tmp_path / "out", dials=["router"], static="last-n")
+        run_inputs / "model", routers, **options(run_inputs, tmp_path / "out", dials=["router"], static="last")
     )
     assert found["items"]["tiny"]["items"] == 9 and found["items"]["tiny"]["left_out"] == 3
     right, _ = by_hand(run_inputs, routers, "router")
@@ -227,16 +228,66 @@ def test_items_of_the_search_are_left_out(run_inputs: Path, tmp_path: Path, make
     assert found["routed"][0]["accuracy"] == pytest.approx(np.mean(stayed))
     assert "3 more were in the search" in format_routing(found)
     routers = make(about={"prompts": keys}, name="all")
-    with pytest.raises(Refused, match="all 12 items of tiny were in the search"):
-        evaluate_routing(run_inputs / "model", routers, **options(run_inputs, tmp_path / "none", dials=["router"], static="none"))
-    assert [path.name for path in (tmp_path / "none/parts").iterdir()] == ["dial-execute.json"]  # the other is not measured in vain
+    assert_refused_before_a_model_is_loaded(
+        monkeypatch, "all 12 items of tiny were", run_inputs / "model", routers,
+        **options(run_inputs, tmp_path / "none", dials=["router"], static="none"),
+    )  # fmt: skip
+
+
+def assert_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch, why: str, *given: Any, **settings: Any) -> None:
+    loaded: list[int] = []
+    monkeypatch.setattr("layerprune.model.load.load_model", lambda *args, **kwargs: loaded.append(1))
+    with pytest.raises(Refused, match=f"{why} in the search of these routers"):
+        evaluate_routing(*given, **settings)
+    assert not loaded and not settings["out"].exists()
+
+
+def test_a_file_of_which_one_task_was_searched_is_refused_at_once(
+    run_inputs: Path, tmp_path: Path, make: Make, items_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(run_inputs / "model")
+    items = [json.loads(line) for line in items_file.read_text().splitlines()]
+    keys = [prompt_key(tokenizer(item["prompt"])["input_ids"]) for item in items if item["task"] == "odd"]
+    routers = make(about={"prompts": keys})
+    assert_refused_before_a_model_is_loaded(
+        monkeypatch, "all 5 items of odd were", run_inputs / "model", routers, items=items_file, device="cpu",
+        out=tmp_path / "none", say=lambda line: None, dials=["router"], static="none",
+    )  # fmt: skip
+
+
+def test_dials_at_which_every_layer_runs_once_have_no_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(route_plots, "save", lambda figure, folder, name: drawn.append(figure) or [])
+    moves = {"name": "router", "layers": 7.5, "usage": {"t": [1.0, 0.5, *[1.0] * 6], "u": [1.0] * 8}}
+    still = {"name": "0", "layers": 8.0, "usage": {"t": [1.0] * 8, "u": [1.0] * 8}}
+    route_plots.plot_usage({"layers": 8, "routed": [still, moves]}, tmp_path)
+    route_plots.plot_usage({"layers": 8, "routed": [still]}, tmp_path)
+    route_plots.plot_usage({"layers": 8, "routed": [moves]}, tmp_path)
+    titles = [[axes.get_title() for axes in figure.axes if axes.lines] for figure in drawn]
+    assert titles == [["dial router: 7.50 layers on average"], [], ["dial router: 7.50 layers on average"]]
+    once = "not drawn, since every layer runs once on every prompt: dial 0"
+    assert once in drawn[0].get_suptitle() and [text.get_text() for text in drawn[1].axes[0].texts] == [once]
+    assert "once" not in drawn[2].get_suptitle()
+
+
+@pytest.mark.parametrize("empty", ["skip", "repeat"])
+def test_an_action_that_no_layer_has_is_said_and_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: str) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(route_figures, "save", lambda figure, folder, name: drawn.append(figure) or [])
+    shares = {action: [0.0] * 8 if action == empty else [0.25] * 8 for action in ("skip", "repeat")}
+    route_figures.plot_layers({"items": 5, "by_layer": dict.fromkeys(("labels", "held_out", "routers"), shares)}, tmp_path)
+    panels = {axes.get_title(): axes for axes in drawn[0].axes}
+    said = {"skip": "no layer is skipped", "repeat": "no layer is repeated"}[empty]
+    assert [text.get_text().partition(",")[0] for text in panels.pop(empty).texts] == [said]
+    (other,) = panels.values()
+    assert not other.texts and len(other.lines) == 2 and len(drawn[0].legends[0].get_texts()) == 3
 
 
 def test_a_killed_evaluation_goes_on_and_takes_more_dials(
     run_inputs: Path, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     routers, out = make(), tmp_path / "out"
-    settings = options(run_inputs, out, static="last-n")
+    settings = options(run_inputs, out, static="last")
     asked: list[float] = []
     measured = route_use.Evaluation._routed
 
@@ -335,18 +386,21 @@ def test_who_wins_in_one_sentence() -> None:
     by_depth = {"t": {6: [0] * 30, 7: [0] * 30}, "u": {8: [1, 0] * 15}}
     won = compare({"t": [1] * 30}, {"t": by_depth["t"]}, 6.5, 8)
     assert sentence(won, "router", "angular") == (
-        "At 6.50 layers (the cut interpolated between 6 and 7) routing (router) answers 100.0 points more than the model cut by "
-        "angular distance: 95 % interval +100.0 to +100.0."
+        "At 6.50 layers (the cut interpolated between 6 and 7) routing (router) gives 100.0 points more right answers than the "
+        "model cut by angular distance (95 % interval +100.0 to +100.0)."
     )
     lost = compare({"t": [0] * 30}, {"t": {6: [1] * 30}}, 6.0, 8)
     assert sentence(lost, "0", "last") == (
-        "At 6.00 layers the model cut by last n answers 100.0 points more than routing (0): 95 % interval -100.0 to -100.0."
+        "At 6.00 layers routing (0) gives 100.0 points fewer right answers than the model cut by last n (95 % interval -100.0 to "
+        "-100.0)."
     )
     deeper = compare({"u": [1, 0] * 15}, {"u": by_depth["u"]}, 8.25, 8)
     assert deeper.deeper and sentence(deeper, "router", "last") == (
-        "Not decided: with 8.25 layers on average, more than the model has, routing (router) answers +0.0 points against the whole "
-        "model, 95 % interval +0.0 to +0.0."
+        "Not decided: with 8.25 layers on average, more than the model has, routing (router) gives as many right answers as the "
+        "whole model (95 % interval 0.0 to 0.0)."
     )
+    near = replace(deeper, difference=-0.0004, low=-0.011, high=0.0002)
+    assert "as many right answers as the whole model (95 % interval -1.1 to +0.02)" in sentence(near, "router", "last")
 
 
 def bake(inputs: Path, out: Path, **more: Any) -> dict[str, Any]:
@@ -438,6 +492,10 @@ def test_the_commands(run_inputs: Path, tmp_path: Path, make: Make, items_file: 
     routers, runner = make(PLANTED), CliRunner()
     model = ["--model", str(run_inputs / "model"), "--routers", str(routers), "--device", "cpu", "--items", str(items_file)]
     out = tmp_path / "eval"
+    done = runner.invoke(main, ["route", "eval", *model, "--static", "first", "--out", str(out)])
+    assert done.exit_code == 2 and "--static first is none of both, angular, last, none" in done.output and not out.exists()
+    shown = runner.invoke(main, ["route", "eval", "--help"]).output
+    assert "angular, last, both or none" in " ".join(shown.split()) and "last-n" not in shown  # which is understood all the same
     done = runner.invoke(main, ["route", "eval", *model, "--dial", "router", "--static", "last-n", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert "dial router" in done.stdout and "eval.json" in done.stdout and (out / "eval.json").exists()
