@@ -146,13 +146,19 @@ def _two_that_sum(x: torch.Tensor, y: torch.Tensor, calls: list[_Call]) -> Parts
         if size == 0 or float(p.norm()) <= most or float(q.norm()) <= most:
             continue
         scale = 1.0 if added else float((both * update).sum()) / size
+        if not added and float((update - both).norm()) <= most:
+            scale = 1.0  # which the fit gives but for rounding
         error = float((update - scale * both).norm())
         if error > most or (best is not None and error >= best[0]):
             continue
         middle = wide + scale * p
         apart = float((middle - wide).norm())
         later = [g for call in calls[i + 1 : j + 1] for g in call.given]
-        sequential = any(float((g.double() - middle).norm()) < 0.01 * apart for g in later)
+        near = 0.01 * apart + float(torch.finfo(y.dtype).eps) * float(middle.norm())  # it was rounded when it was read
+        sequential = False
+        for g in later:
+            off = float((g.double() - middle).norm())
+            sequential = sequential or (off < near and 2 * off < float((g.double() - wide).norm()))
         # a module that returns the stream proves nothing of what came before it, unless that is seen to be read
         if sequential or not added:
             changed = any(not torch.equal(call.output, call.alive) for call in (first, second))

@@ -121,6 +121,18 @@ def test_parts_are_found_in_other_families(name: str, live: Callable[[str], Deco
     assert all(find_parts(live(name)))
 
 
+@pytest.mark.parametrize("name", ["XGLM", "BLOOM", "Nemotron", "GPT-NeoX", "Falcon"])
+def test_rounding_does_not_change_what_reads_what(name: str, tmp_path: Path) -> None:
+    """In bfloat16 the sum that the MLP reads is rounded by as much as a small attention adds."""
+    folder = families.build(name, tmp_path / "model")
+    wide, half = (view_decoder(load_model(folder, device="cpu", dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    for every in (False, True):
+        expected, found = (
+            [part and (part.first, part.second, part.parallel) for part in find_parts(d, every)] for d in (wide, half)
+        )
+        assert all(expected) and found == expected
+
+
 @pytest.mark.parametrize("name", WITHOUT)
 def test_layers_without_parts_give_their_own_values(name: str, live: Callable[[str], Decoder]) -> None:
     decoder = live(name)
