@@ -13,7 +13,7 @@ import torch
 from layerprune.heal.settings import Healing
 from layerprune.heal.teacher import Teacher, recorded_cut
 from layerprune.heal.telling import plan_line
-from layerprune.heal.world import first_alone
+from layerprune.heal.world import first_alone, is_sharded
 from layerprune.model.config import load_config, vocab_size
 from layerprune.model.data import check_token_id, document_hash
 from layerprune.model.files import write_json
@@ -94,6 +94,8 @@ class Job:
             say(f"the data is shorter than {settings.tokens:,} tokens: it is gone through {packed.epochs} times")
         validation = [tokenizer(text, verbose=False)["input_ids"][: settings.length] for text in held[:_MEASURED]]
         validation = [ids for ids in validation if len(ids) > 1]
+        if validation and is_sharded():
+            say("the held-out loss is not measured while FSDP trains: evaluate the result")
         made = prepare(
             self.source, settings, recorded_cut(self.source), self.teacher, self.device, self.spread, self.trust, say, self.progress
         )
