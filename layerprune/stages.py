@@ -43,9 +43,12 @@ class Stages:
         if folder not in self._budgets:
             self.release()
             setup = self.setup
-            self._budgets[folder] = streaming_budget(
-                folder, device=setup.asked_device, dtype=setup.dtype, memory=setup.memory, ram=setup.ram
-            )
+            budget = self._budgets[folder] = streaming_budget(
+                folder, device=setup.asked_device, dtype=setup.dtype, memory=setup.memory, ram=setup.ram,
+                trust_remote_code=setup.trust_remote_code,
+            )  # fmt: skip
+            if budget is not None:
+                self.say(f"{setup.source.name if folder == setup.source.folder else folder.name}: {budget.why}")
         return self._budgets[folder]
 
     def stream(self, folder: Path) -> tuple[Any, Any]:

@@ -94,6 +94,21 @@ def is_stray_buffer(rest: str, tensor: StoredTensor) -> bool:
     return mask or tensor.numel == 1
 
 
+def by_layer(stored: Mapping[str, StoredTensor], layers: int) -> tuple[list[dict[str, StoredTensor]], dict[str, StoredTensor]]:
+    """The stored tensors of each layer, and those outside the stack; constants that models compute themselves, and layers after
+    the last, belong to neither. Raises Refused as `find_stack`."""
+    prefix = find_stack(stored, layers)
+    groups: list[dict[str, StoredTensor]] = [{} for _ in range(layers)]
+    rest: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        parts = split_name(name)
+        if parts is None or parts[0] != prefix:
+            rest[name] = tensor
+        elif parts[1] < layers and not is_stray_buffer(parts[2], tensor):
+            groups[parts[1]][name] = tensor
+    return groups, rest
+
+
 def plan_cut(stored: Mapping[str, StoredTensor], layers: int, kept: Kept) -> CutPlan:
     """Map every stored name to its name after the cut.
 
