@@ -124,12 +124,12 @@ def certain_bytes(config: Any, tensors: Mapping[str, StoredTensor], dtype: str, 
     itself. Raises Refused where no stack of layers is found.
     """
     sizes = _sizes(dtype, kept)
-    stated = getattr(config, "dtype", None)
+    stated = getattr(getattr(config, "dtype", None), "itemsize", None)
 
     def size(name: str, tensor: StoredTensor) -> float:
         stored = sizes(name, tensor)
         # a loader that is left the choice takes the config's dtype
-        return min(stored, tensor.numel * stated.itemsize) if kept == "auto" and hasattr(stated, "itemsize") else stored
+        return stored if stated is None or kept != "auto" else min(stored, tensor.numel * stated)
 
     groups, rest = by_layer(tensors, layer_count(config))
     vocabulary = sorted(

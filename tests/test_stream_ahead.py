@@ -1,0 +1,149 @@
+"""What the evaluation of a streamed model cannot do is refused before the ranking, and nothing else is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import layerprune
+from layerprune.eval import streamed as evaluation
+from layerprune.eval.answers import Answers
+from layerprune.eval.streamed import check_sweep, sweep_streamed
+from layerprune.eval.tasks import load_tasks
+from layerprune.model.budget import Budget
+from layerprune.model.cuts import Block, Kept, last_block
+from layerprune.model.errors import Refused
+from layerprune.model.load import load_tokenizer
+from layerprune.model.stream import StreamedModel
+from layerprune.prune import rank_streamed as ranking
+
+LAYERS = 7
+WHOLE = tuple(range(LAYERS))
+LAST = [last_block(n, LAYERS).kept(LAYERS) for n in range(1, LAYERS)]
+
+
+@pytest.fixture(scope="module")
+def streamed(build_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
+    return StreamedModel(build_llama(tmp_path_factory.mktemp("ahead") / "model", layers=LAYERS), device="cpu", dtype="float32")
+
+
+def sequences(lengths: tuple[int, ...] = (40, 40, 33, 12)) -> list[list[int]]:
+    some = torch.Generator().manual_seed(0)
+    return [torch.randint(2, 90, (n,), generator=some).tolist() for n in lengths]
+
+
+def least(work: Callable[[Budget], object]) -> int:
+    """The smallest `ram` that is not refused."""
+    low, high = 0, 4 << 30
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            work(Budget(None, middle))
+            high = middle
+        except Refused:
+            low = middle
+    return high
+
+
+def angular(some: random.Random, depths: list[int]) -> list[Kept]:
+    """Cuts of these sizes anywhere."""
+    return [Block(some.randrange(LAYERS - n + 1), n).kept(LAYERS) for n in depths]
+
+
+def test_known_cuts_need_what_the_sweep_needs(streamed: StreamedModel) -> None:
+    asked, kept = sequences(), [WHOLE, *LAST]
+    enough = least(lambda budget: check_sweep(streamed, None, kept, budget, sequences=asked))
+    sweep_streamed(streamed, None, kept, Budget(None, enough), sequences=asked)
+    with pytest.raises(Refused, match=r"--ram .* is too little .* use at least"):
+        sweep_streamed(streamed, None, kept, Budget(None, enough - 1), sequences=asked)
+
+
+@pytest.mark.parametrize("room", [1 << 30, 40 * 10 * 128 * 4, 1])
+@pytest.mark.parametrize("known", [[WHOLE], [WHOLE, *LAST]], ids=["whole", "last"])
+def test_unknown_cuts_never_make_it_ask_for_too_much(
+    streamed: StreamedModel, known: list[Kept], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """room: what states may take of a batch; where it is short, batches are smaller the more branches there are."""
+    monkeypatch.setattr(evaluation, "state_budget", lambda kind: room)
+    asked, some = sequences(), random.Random(0)
+    needs = set()
+
+    def need(kept: list[Kept], unknown: int = 0) -> int:
+        return least(lambda budget: check_sweep(streamed, None, kept, budget, unknown=unknown, sequences=asked))
+
+    for _ in range(12):
+        depths = some.sample(range(1, LAYERS), some.randint(1, LAYERS - 1))
+        exact = [*known, *angular(some, depths)]
+        before, after = need(known, len(depths)), need(exact)
+        assert before <= after, (depths, exact)
+        needs.add(after - before)
+    assert room == 1 or min(needs) < 1 << 20  # all but the states of the branches is counted
+
+
+def test_what_is_answered_already_is_not_planned(streamed: StreamedModel, tmp_path: Path) -> None:
+    asked = sequences()
+    check_sweep(streamed, None, [WHOLE], Budget(None, 2 << 30), sequences=asked)
+    sweep_streamed(streamed, None, [WHOLE], Budget(None, 2 << 30), sequences=asked, answers=Answers(tmp_path / "answers"))
+    nothing = Budget(None, 1)
+    check_sweep(streamed, None, [WHOLE], nothing, sequences=asked, answers=Answers(tmp_path / "answers"))
+    check_sweep(streamed, None, [WHOLE, LAST[0]], nothing, unknown=2, sequences=asked, answers=Answers(tmp_path / "answers"))
+    with pytest.raises(Refused):
+        check_sweep(streamed, None, [WHOLE, LAST[0]], nothing, sequences=asked, answers=Answers(tmp_path / "answers"))
+
+
+def test_the_plan_of_tasks_is_made_too(run_inputs: Path) -> None:
+    folder = run_inputs / "model"
+    own, tokenizer = StreamedModel(folder, device="cpu", dtype="float32"), load_tokenizer(folder)
+    whole = tuple(range(len(own)))
+    tasks = load_tasks({"tiny": 3}, run_inputs / "tasks", 0)
+    given: dict[str, Any] = {"tasks": tasks, "limit": 12}
+    enough = least(lambda budget: check_sweep(own, tokenizer, [whole], budget, **given))
+    before = own.read
+    assert enough > least(lambda budget: check_sweep(own, tokenizer, [whole], budget, sequences=[[3, 4, 5]]))
+    assert least(lambda budget: check_sweep(own, tokenizer, [whole], budget, unknown=3, **given)) == enough
+    assert own.read == before
+    with pytest.raises(Refused, match="too little"):
+        sweep_streamed(own, tokenizer, [whole], Budget(None, enough - 1), **given)
+    expected = sweep_streamed(own, tokenizer, [whole], Budget(None, 4 << 30), **given)
+    assert sweep_streamed(own, tokenizer, [whole], Budget(None, enough), **given) == expected
+
+
+@pytest.mark.parametrize("strategy", ["last", "angular"])
+@pytest.mark.parametrize("command", ["run", "sweep", "find"])
+def test_nothing_is_ranked_that_cannot_be_evaluated(
+    command: str, strategy: str, run_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """800 MiB rank this model, and do not hold the logits of its loss."""
+    ranked: list[int] = []
+    real = ranking.rank_streamed
+
+    def counted(*given: Any, **more: Any) -> Any:
+        ranked.append(1)
+        return real(*given, **more)
+
+    monkeypatch.setattr(ranking, "rank_streamed", counted)
+    given: dict[str, Any] = {
+        "calibration": str(run_inputs / "calibration.jsonl"), "eval_data": str(run_inputs / "loss.jsonl"), "tasks": ["tiny"],
+        "task_folder": str(run_inputs / "tasks"), "device": "cpu", "length": 32, "ram": "800MiB", "out": tmp_path / "out",
+        "heal_data": str(run_inputs / "loss.jsonl"), "say": lambda line: None,
+    }  # fmt: skip
+
+    def work() -> None:
+        if command == "find":
+            layerprune.find(run_inputs / "model", strategy=strategy, **given)
+        elif command == "sweep":
+            layerprune.sweep(run_inputs / "model", strategies=[strategy], **given)
+        else:
+            layerprune.run(run_inputs / "model", 0.4, strategy=strategy, heal=False, **given)
+
+    early = strategy == "angular" or command == "run"
+    with pytest.raises(Refused, match="^nothing was ranked, .*--ram 0.78GiB is too" if early else "^--ram 0.78GiB is too"):
+        work()
+    assert not ranked
+    layerprune.rank_blocks(run_inputs / "model", data=given["calibration"], length=32, device="cpu", ram="800MiB")
+    assert ranked
