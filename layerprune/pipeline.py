@@ -78,7 +78,7 @@ class _Run:
             self.stages.budget(self.plan.source.folder)  # what the weight files' headers show is refused before data is read
         self.stages.ready()  # an unknown task, or data that measures nothing, ends the run here, not hours later
         if self.plan.heal is not None and not (self.path / "healed").exists():
-            self.stages.check_healing()
+            self.stages.check_healing(self.plan.n)
         if to_rank:
             self.check_sweep()
         with self.folder.phase("rank"):

@@ -131,7 +131,7 @@ class _Finder(Sweeper):
         self.say(self.cost())
         self.check_headers()
         self.stages.ready()
-        self.stages.check_healing()
+        self.stages.check_healing(self.layers - 1)  # which depths are healed the search will say
         self.check_sweep()
         ranking = self.rank() if strategy == "angular" else None
         kept = self.kept(ranking)

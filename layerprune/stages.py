@@ -173,15 +173,16 @@ class Stages:
             return False
         return self.verify
 
-    def check_healing(self) -> None:
-        """Refuse what healing would refuse (the architecture, the targets, the data), before anything is ranked."""
+    def check_healing(self, dropped: int | None) -> None:
+        """Refuse what healing a cut of so many layers would refuse (the architecture, the targets, the data, the memory), before
+        anything is ranked. None: nothing is to be healed any more."""
         from layerprune.heal.checks import check_healing
 
         setup = self.setup
         assert setup.heal is not None
         check_healing(
             setup.source, data=setup.heal.data, seed=setup.seed, device=setup.asked_device,
-            trust_remote_code=setup.trust_remote_code, **setup.heal_options,
+            trust_remote_code=setup.trust_remote_code, dropped=dropped, **setup.heal_options,
         )  # fmt: skip
 
     def heal(self, pruned: Path, healed: Path, adapter: Path, work: Path) -> None:

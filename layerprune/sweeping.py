@@ -201,7 +201,7 @@ class Sweeper:
         self.check_headers()
         self.stages.ready()
         if self.setup.heal is not None:
-            self.stages.check_healing()
+            self.stages.check_healing(self.shallowest())
             self.check_room()
         self.check_sweep()
         self.folder.note(asked=self.asked, finished=False)  # not before what can be refused at once is refused
@@ -248,6 +248,13 @@ class Sweeper:
             and (may_heal or (self.path / "heal" / f"{strategy}-{n}" / "healed").exists())
             and not self.is_healed((strategy, n))
         ]
+
+    def shallowest(self) -> int | None:
+        """The fewest layers that a cut will lack which is still to be healed here; None where there is none."""
+        if self.spread.launcher is not None:  # on other machines, of which this one knows nothing
+            return None
+        ahead = [n for strategy, n in self.unhealed() if not (self.path / "heal" / f"{strategy}-{n}" / "healed").exists()]
+        return min(ahead, default=None)
 
     def is_healed(self, piece: Piece) -> bool:
         """Whether `heal_depth` would find everything done."""

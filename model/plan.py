@@ -109,6 +109,15 @@ def by_layer(stored: Mapping[str, StoredTensor], layers: int) -> tuple[list[dict
     return groups, rest
 
 
+def least_left(stored: Mapping[str, StoredTensor], layers: int, dropped: int) -> int:
+    """Numbers that the stored tensors of a cut hold at least, whichever `dropped` layers in a row go. Raises Refused as
+    `find_stack`."""
+    groups, rest = by_layer(stored, layers)
+    each = [sum(tensor.numel for tensor in group.values()) for group in groups]
+    most = max(sum(each[start : start + dropped]) for start in range(layers - dropped + 1))
+    return sum(tensor.numel for tensor in rest.values()) + sum(each) - most
+
+
 def plan_cut(stored: Mapping[str, StoredTensor], layers: int, kept: Kept) -> CutPlan:
     """Map every stored name to its name after the cut.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from layerprune.model.budget import Budget
 from layerprune.model.cuts import Block, Kept, last_block
 from layerprune.model.errors import Refused
 from layerprune.model.load import load_tokenizer
+from layerprune.model.passplan import PROCESS_BYTES
+from layerprune.model.plan import least_left
 from layerprune.model.stream import StreamedModel
+from layerprune.model.tensors import read_checkpoint
 from layerprune.prune import rank_streamed as ranking
 
 LAYERS = 7
@@ -147,3 +151,54 @@ def test_nothing_is_ranked_that_cannot_be_evaluated(
     assert not ranked
     layerprune.rank_blocks(run_inputs / "model", data=given["calibration"], length=32, device="cpu", ram="800MiB")
     assert ranked
+
+
+@pytest.mark.parametrize("command", ["run", "sweep", "find"])
+def test_memory_that_healing_does_not_fit_in_is_refused_before_the_ranking(
+    command: str, run_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least that the cut can be, in NF4 beside the process: a byte less is refused, and this much is not."""
+
+    class Begun(Exception):
+        pass
+
+    def begun(*given: Any, **more: Any) -> None:
+        raise Begun
+
+    model, dropped = run_inputs / "model", {"run": 3, "sweep": 2, "find": 7}[command]
+    monkeypatch.setattr("layerprune.stages.Stages.rank", begun)
+    stored = read_checkpoint(model)
+    each = [sum(t.numel for n, t in stored.items() if n.startswith(f"model.layers.{i}.")) for i in range(8)]
+    least = PROCESS_BYTES + (sum(t.numel for t in stored.values()) - dropped * each[0]) // 2
+    assert len(set(each)) == 1 and each[0] > 1000
+
+    def work(ram: int) -> None:
+        given: dict[str, Any] = {
+            "calibration": str(run_inputs / "calibration.jsonl"), "eval_data": str(run_inputs / "loss.jsonl"), "tasks": ["tiny"],
+            "task_folder": str(run_inputs / "tasks"), "device": "cpu", "length": 32, "out": tmp_path / f"out-{ram}",
+            "heal_data": str(run_inputs / "loss.jsonl"), "say": lambda line: None, "heal_with": {"ram": ram},
+        }  # fmt: skip
+        if command == "find":
+            layerprune.find(model, **given)
+        elif command == "sweep":
+            layerprune.sweep(model, drops=[0.25, 0.5], heal=[0.25, 0.5], **given)
+        else:
+            layerprune.run(model, 0.4, **given)
+
+    with pytest.raises(Refused, match="healing does not fit in --ram 0.68GiB"):
+        work(least - 1)
+    with pytest.raises(Begun):
+        work(least)
+
+
+def test_the_least_that_a_cut_leaves(build_llama: Callable[..., Path], tmp_path: Path) -> None:
+    stored = read_checkpoint(build_llama(tmp_path / "model", layers=4))
+    large = {n: replace(t, shape=(*t.shape, 5)) if n.startswith("model.layers.2.") else t for n, t in stored.items()}
+
+    def numbers(layers: set[int]) -> int:
+        return sum(t.numel for n, t in large.items() if not n.startswith("model.layers.") or int(n.split(".")[2]) in layers)
+
+    assert least_left(large, 4, 0) == numbers({0, 1, 2, 3})
+    assert least_left(large, 4, 1) == numbers({0, 1, 3})
+    assert least_left(large, 4, 2) == numbers({0, 1}) == numbers({0, 3})
+    assert least_left(large, 4, 3) == numbers({0})
