@@ -107,9 +107,7 @@ def _fill(tasks: Mapping[str, int | None], shots: int | None) -> Shots:
     return {name: shots if own is None else own for name, own in tasks.items()}
 
 
-def parse_tasks(
-    tasks: Sequence[str] | Mapping[str, int | None] | None, num_fewshot: int | None, recipe: Recipe | None
-) -> Shots:
+def parse_tasks(tasks: Sequence[str] | Mapping[str, int | None] | None, num_fewshot: int | None, recipe: Recipe | None) -> Shots:
     """Tasks and their in-context examples. `name:5` counts first, then num_fewshot, then the recipe's number for
     that task, then the task's own (None). Without tasks, the recipe's. Raises UsageError for what is no number."""
     if num_fewshot is not None and num_fewshot < 0:

@@ -207,9 +207,7 @@ def rank_blocks(
     if budget is not None:
         say(f"{source.name}: {budget.why}")
         streamed = StreamedModel(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        result = rank_from_disk(
-            streamed, tokenizer, settings, source, budget, seed=seed, progress=progress, say=say, keep=keep
-        )
+        result = rank_from_disk(streamed, tokenizer, settings, source, budget, seed=seed, progress=progress, say=say, keep=keep)
     else:
         live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
         result = rank_live(view_decoder(live), tokenizer, settings, source, seed=seed, progress=progress)
