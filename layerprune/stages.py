@@ -133,6 +133,7 @@ class Stages:
             return
         streamed, tokenizer = self.streamed_source()
         tasks, sequences = self.ready()
+        self.say("planning the evaluation that follows on the ranking")
         try:
             check_sweep(
                 streamed, tokenizer, kept, budget, unknown=unknown, tasks=tasks, sequences=sequences, answers=Answers(answers),

@@ -80,7 +80,7 @@ def streaming_budget(
         budget = Budget(
             int(0.95 * here) if gpu is None else gpu, free_host if host is None else host, _why(counted, "working memory", given)
         )
-    refuse_too_little(folder, load_config(folder, trust_remote_code), tensors, dtype, kept, budget)
+    refuse_too_little(load_config(folder, trust_remote_code), tensors, dtype, kept, budget)
     return budget
 
 
@@ -89,9 +89,7 @@ def _why(counted: str, beside: str, given: str) -> str:
     return f"not loaded whole, the layers come from the files: {counted} and {reserve} are more than {given}"
 
 
-def refuse_too_little(
-    folder: Path, config: Any, tensors: Mapping[str, StoredTensor], dtype: str, kept: Any, budget: Budget
-) -> None:
+def refuse_too_little(config: Any, tensors: Mapping[str, StoredTensor], dtype: str, kept: Any, budget: Budget) -> None:
     """Refuse memory that any plan of passes over this checkpoint would refuse, by the headers of its files alone."""
     if getattr(config, "quantization_config", None) is not None:
         return  # refused in other words

@@ -20,7 +20,7 @@ from layerprune.eval.streamed import sweep_streamed
 from layerprune.eval.sweep import sweep_live
 from layerprune.model import stream
 from layerprune.model.branches import Branches
-from layerprune.model.budget import GIB, Budget, certain_bytes, streaming_budget
+from layerprune.model.budget import GIB, Budget, certain_bytes, refuse_too_little, streaming_budget
 from layerprune.model.config import load_config
 from layerprune.model.decoder import Decoder, view_decoder
 from layerprune.model.errors import Refused, UsageError
@@ -357,6 +357,31 @@ def test_what_can_never_be_streamed_is_refused_by_the_headers(
     with pytest.raises(Refused, match=rf"--ram {(least - 1) / GIB:.2f}GiB is too little .* give more than that") as refusal:
         streaming_budget(folder, device="cpu", dtype=dtype, ram=least - 1)
     assert least / GIB <= float(str(refusal.value).split(" take ")[1].split("GiB")[0]) < least / GIB + 0.011
+
+
+def test_the_two_memories_of_a_gpu_are_weighed_apart(tiny_llama: Path) -> None:
+    config, stored = load_config(tiny_llama), read_checkpoint(tiny_llama)
+    outside, layer, arriving = certain_bytes(config, stored, "bfloat16", torch.bfloat16)
+    memory, ram = outside + 2 * layer + arriving, 2 * arriving + PROCESS_BYTES
+
+    def weigh(memory: int, ram: int) -> None:
+        refuse_too_little(config, stored, "bfloat16", torch.bfloat16, Budget(memory, ram))
+
+    weigh(memory, ram)
+    with pytest.raises(Refused, match=r"^--memory 0.00GiB is too little .* give more than that$"):
+        weigh(memory - 1, ram)
+    with pytest.raises(
+        Refused, match=r"^--ram 0.68GiB is too little .* two layers as they are stored, and the process take 0.69GiB"
+    ):
+        weigh(memory, ram - 1)
+    # and a plan says no less
+    sizes = Sizes(
+        rest=outside, layers=(layer,) * 5, stored=(arriving,) * 5, arriving=arriving, width=1, itemsize=2, beside=0, pair=0
+    )
+    for given in ((memory - 1, ram + (1 << 20)), (memory + (1 << 20), ram - 1)):
+        with pytest.raises(Refused):
+            plan_passes(sizes, CutTree([tuple(range(5))], 5), [(1, 1)], memory=given[0], ram=given[1], working=0)
+    plan_passes(sizes, CutTree([tuple(range(5))], 5), [(1, 1)], memory=memory + 99, ram=ram + 99, working=0)
 
 
 def test_a_refusal_comes_before_any_weight_is_read(run_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

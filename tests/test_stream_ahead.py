@@ -113,7 +113,8 @@ def test_the_plan_of_tasks_is_made_too(run_inputs: Path) -> None:
     assert own.read == before
     with pytest.raises(Refused, match="too little"):
         sweep_streamed(own, tokenizer, [whole], Budget(None, enough - 1), **given)
-    expected = sweep_streamed(own, tokenizer, [whole], Budget(None, 4 << 30), **given)
+    fresh = {**given, "tasks": load_tasks({"tiny": 3}, run_inputs / "tasks", 0)}  # of which nothing was planned
+    expected = sweep_streamed(own, tokenizer, [whole], Budget(None, 4 << 30), **fresh)
     assert sweep_streamed(own, tokenizer, [whole], Budget(None, enough), **given) == expected
 
 
