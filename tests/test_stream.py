@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,9 @@ def test_what_can_never_be_streamed_is_refused_by_the_headers(
     must_not_count_too_much(streamed, 0.99 if dtype != "nf4" else 0.2)
     exact = sizes_of(streamed)
     outside, layer, arriving = certain_bytes(load_config(folder), read_checkpoint(folder), dtype, pick_dtype(dtype, "cpu"))
+    stored = read_checkpoint(folder)
+    head = {**stored, "lm_head.weight": replace(stored["model.embed_tokens.weight"], name="lm_head.weight")}
+    assert certain_bytes(load_config(folder), head, dtype, pick_dtype(dtype, "cpu"))[0] == outside  # stored, and tied all the same
     least = outside + 2 * layer + arriving + PROCESS_BYTES
     assert least <= exact.rest + 2 * max(exact.layers) + exact.arriving + PROCESS_BYTES
     assert streaming_budget(folder, device="cpu", dtype=dtype, ram=least) == Budget(None, least)
