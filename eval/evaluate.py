@@ -107,9 +107,7 @@ def _fill(tasks: Mapping[str, int | None], shots: int | None) -> Shots:
     return {name: shots if own is None else own for name, own in tasks.items()}
 
 
-def parse_tasks(
-    tasks: Sequence[str] | Mapping[str, int | None] | None, num_fewshot: int | None, recipe: Recipe | None
-) -> Shots:
+def parse_tasks(tasks: Sequence[str] | Mapping[str, int | None] | None, num_fewshot: int | None, recipe: Recipe | None) -> Shots:
     """Tasks and their in-context examples. `name:5` counts first, then num_fewshot, then the recipe's number for
     that task, then the task's own (None). Without tasks, the recipe's. Raises UsageError for what is no number."""
     if num_fewshot is not None and num_fewshot < 0:
@@ -194,13 +192,16 @@ def evaluate_checkpoint(
         check_data(data, "--eval-data", "validation", seed)
     ready = load_tasks(asked, folder, seed) if asked else None
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    budget = streaming_budget(source.folder, device=device, dtype=dtype, memory=memory, ram=ram)
+    budget = streaming_budget(
+        source.folder, device=device, dtype=dtype, memory=memory, ram=ram, trust_remote_code=trust_remote_code
+    )
     # beside the result's folder, which is there only when the result is
     folder_of = None if out is None else Path(out).absolute().parent
     keep = None if folder_of is None else folder_of.parent / f".{folder_of.name}.pass"
     config = load_config(source.folder, trust_remote_code)
     sequences = loss_sequences(tokenizer, config, data, samples, length, seed, progress) if loss else None
     if budget is not None:
+        say(f"{source.name}: {budget.why}")
         streamed = StreamedModel(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         decoder, live = streamed.decoder, streamed.decoder.model
         measured = _from_disk(streamed, tokenizer, budget, ready, sequences, limit, batch_size, seed, items, progress, say, keep)

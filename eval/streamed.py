@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +20,14 @@ from layerprune.eval.tasks import TaskSet, quiet
 from layerprune.model.branches import Answer, Asked, Branches
 from layerprune.model.budget import Budget
 from layerprune.model.cuts import Kept, describe_dropped
-from layerprune.model.data import batches
+from layerprune.model.data import TokenBatch, batches
+from layerprune.model.decoder import width_of
 from layerprune.model.errors import Refused
 from layerprune.model.files import free_disk
 from layerprune.model.layermajor import layer_major, sizes_of, working_bytes
 from layerprune.model.layerwise import Batch, State
 from layerprune.model.passfile import PassFile
-from layerprune.model.passplan import plan_passes, used_layers
+from layerprune.model.passplan import PassPlan, Shape, plan_passes, used_layers
 from layerprune.model.progress import progress_bar
 from layerprune.model.stream import StreamedModel
 from layerprune.model.tree import Node
@@ -60,8 +63,7 @@ def sweep_streamed(
     generate text are refused: for them the model must be loaded whole. None stands for a cut that this model cannot run
     (which is said). Raises Refused where the budget is too small, and for a whole model that does not run.
     """
-    if tasks is not None and any(getattr(task, "OUTPUT_TYPE", "") == "generate_until" for task in tasks.tasks.values()):
-        raise Refused(_GENERATES)
+    _refuse_generation(tasks)
     wanted = tuple(dict.fromkeys(kept))
     store = Answers() if answers is None else answers
     branches = Branches(streamed.decoder, wanted, logit_budget(streamed.device.type), absent=True)
@@ -82,6 +84,46 @@ def sweep_streamed(
     return by_cut(wanted, branches, losses, scores)
 
 
+def check_sweep(
+    streamed: StreamedModel,
+    tokenizer: Any,
+    kept: Iterable[Kept],
+    budget: Budget,
+    *,
+    unknown: int = 0,
+    tasks: TaskSet | None = None,
+    sequences: Sequence[Sequence[int]] | None = None,
+    answers: Answers | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    keep: Path | None = None,
+) -> None:
+    """Raise the Refused with which `sweep_streamed` would begin; nothing is computed.
+
+    unknown: how many cuts there will be beside `kept` (which holds the whole model), of blocks that are not chosen yet. What is
+    asked for then is what any choice of them needs at least.
+    """
+    _refuse_generation(tasks)
+    branches = Branches(streamed.decoder, dict.fromkeys(kept), logit_budget(streamed.device.type), absent=True)
+    stream = Stream(streamed, branches, budget, False, lambda line: None, keep, unknown)
+    store = Answers() if answers is None else answers
+    if sequences is not None:
+        keys = [sample_key("loss", ids) for ids in sequences]
+        for group, missing in store.missing(branches.kept, keys).items():
+            made = _loss_batches(branches, group, [sequences[i] for i in missing])
+            stream.check(group, [_shape(batch.ids_BT) for batch in made], token_budget(streamed.device.type))
+    if tasks is not None:
+        with quiet(), contextlib.suppress(_Planned):
+            for _ in sweep_tasks(_PlannedTasks(stream, tokenizer, store, batch_size), tasks, limit, seed):
+                pass
+
+
+def _refuse_generation(tasks: TaskSet | None) -> None:
+    if tasks is not None and any(getattr(task, "OUTPUT_TYPE", "") == "generate_until" for task in tasks.tasks.values()):
+        raise Refused(_GENERATES)
+
+
 def kept_answers(keep: Path | None, streamed: StreamedModel) -> Answers:
     """The answers that a killed call left in its folder, those of this very model, dtype and device."""
     if keep is None:
@@ -91,7 +133,10 @@ def kept_answers(keep: Path | None, streamed: StreamedModel) -> Answers:
 
 @dataclass(frozen=True)
 class Stream:
-    """The branches of one streamed model, asked in series of passes that the budget allows."""
+    """The branches of one streamed model, asked in series of passes that the budget allows.
+
+    unknown: branches beside these that are not known yet; such a stream only checks.
+    """
 
     streamed: StreamedModel
     branches: Branches
@@ -99,6 +144,32 @@ class Stream:
     progress: bool
     say: Say
     keep: Path | None = None
+    unknown: int = 0
+
+    def plan(self, kept: Sequence[Kept], shapes: Sequence[Shape]) -> PassPlan:
+        """The passes in which these branches are asked about batches of these shapes. Raises Refused where they do not fit."""
+        working = working_bytes(self.streamed.decoder, max(rows * tokens for rows, tokens in shapes))
+        return plan_passes(
+            sizes_of(self.streamed),
+            self.branches.tree(kept),
+            shapes,
+            memory=self.budget.memory,
+            ram=self.budget.ram,
+            working=working + logit_budget(self.streamed.device.type),
+            scratch=free_disk(self.keep),
+        )
+
+    def check(self, kept: Sequence[Kept], shapes: Sequence[Shape], most: int) -> None:
+        """Refuse what does not fit, whatever the unknown branches are: they never need less than the others alone, but a tree
+        that holds more states has smaller batches. most: tokens of a batch where no states are short of memory."""
+        if self.unknown:
+            if tuple(range(len(self.streamed))) not in kept:
+                return  # the whole model is answered; of other trees nothing is certain
+            decoder = self.streamed.decoder
+            states = math.floor(math.log2(len(kept) + self.unknown)) + 3  # of a token, at most: see CutTree, and its first
+            if states * width_of(decoder) * decoder.model.dtype.itemsize * most > state_budget(self.streamed.device.type):
+                shapes = [(1, max(tokens for _, tokens in shapes))]
+        self.plan(kept, shapes)
 
     def answer(
         self,
@@ -120,18 +191,7 @@ class Stream:
         """
         streamed, branches = self.streamed, self.branches
         tree = branches.tree(kept)
-        shapes = [(ids_BT.shape[0], ids_BT.shape[1]) for ids_BT, _ in batches]
-        working = working_bytes(streamed.decoder, max(rows * tokens for rows, tokens in shapes))
-        working += logit_budget(streamed.device.type)
-        plan = plan_passes(
-            sizes_of(streamed),
-            tree,
-            shapes,
-            memory=self.budget.memory,
-            ram=self.budget.ram,
-            working=working,
-            scratch=free_disk(self.keep),
-        )
+        plan = self.plan(kept, [_shape(ids_BT) for ids_BT, _ in batches])
         self.say(f"{what}: {plan.line()}")
         questions_of: dict[int, Asked] = {}
         found: dict[int, list[Answer | None]] = {}
@@ -191,11 +251,10 @@ class Stream:
 
 
 def _losses(stream: Stream, sequences: Sequence[Sequence[int]], store: Answers) -> dict[Kept, dict[str, Any]]:
-    branches, kind = stream.branches, stream.streamed.device.type
+    branches = stream.branches
     keys = [sample_key("loss", ids) for ids in sequences]
     for kept, missing in store.missing(branches.kept, keys).items():
-        most = min(token_budget(kind), max(1, state_budget(kind) // branches.state_bytes(kept)))
-        made = batches([sequences[i] for i in missing], most)
+        made = _loss_batches(branches, kept, [sequences[i] for i in missing])
         rows = [[missing[row] for row in batch.rows] for batch in made]
 
         def asked(number: int, rows: list[list[int]] = rows, made: Any = made) -> Asked:
@@ -208,6 +267,15 @@ def _losses(stream: Stream, sequences: Sequence[Sequence[int]], store: Answers) 
         ids = [(batch.ids_BT, batch.mask_BT) for batch in made]
         stream.answer(kept, ids, asked, take, what="loss", key="", dtype=torch.float32, done=store.save)
     return losses_of(branches, sequences, store)
+
+
+def _loss_batches(branches: Branches, kept: Sequence[Kept], sequences: Sequence[Sequence[int]]) -> list[TokenBatch]:
+    kind = branches.decoder.device.type
+    return batches(sequences, min(token_budget(kind), max(1, state_budget(kind) // branches.state_bytes(kept))))
+
+
+def _shape(ids_BT: torch.Tensor) -> Shape:
+    return ids_BT.shape[0], ids_BT.shape[1]
 
 
 class StreamedTasks(BranchedModel):
@@ -236,3 +304,23 @@ class StreamedTasks(BranchedModel):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         raise Refused(_GENERATES)
+
+
+class _Planned(Exception):
+    """All requests have been put into batches, and these fit."""
+
+
+class _PlannedTasks(StreamedTasks):
+    """Builds the requests, and checks the plan of the passes that would answer them."""
+
+    def __init__(self, stream: Stream, tokenizer: Any, store: Answers, batch_size: int | None) -> None:
+        super().__init__(stream, tokenizer, store, batch_size)
+        self._most = self.tokens
+
+    def _answer(self, kept: Sequence[Kept], requests: list[Request], rows: list[tuple[int, ...]], keys: list[bytes]) -> None:
+        shapes: list[Shape] = []
+        self._in_batches(requests, rows, lambda batch, asked: shapes.append((len(batch), max(map(len, batch)))))
+        self.stream.check(tuple(kept), shapes, self._most)
+
+    def _answers(self, keys: list[bytes]) -> list[tuple[float, bool]]:
+        raise _Planned

@@ -11,10 +11,11 @@ from layerprune.heal.packing import check_one_sequence
 from layerprune.heal.settings import Healing, heal_settings
 from layerprune.heal.teacher import Teacher, find_teacher
 from layerprune.heal.world import local_processes, world_size
-from layerprune.model.config import load_config
+from layerprune.model.config import layer_count, load_config
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.load import load_tokenizer, pick_device
 from layerprune.model.memory import byte_count
+from layerprune.model.plan import least_left
 from layerprune.model.source import ModelSource
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
@@ -26,15 +27,17 @@ def check_healing(
     seed: int = 0,
     device: str | None = None,
     trust_remote_code: bool = False,
+    dropped: int | None = None,
     **settings: Any,
 ) -> None:
     """Refuse what healing `source`, or a cut of it, would refuse; nothing is loaded but the tokenizer and the data.
 
-    settings: those of `heal_checkpoint`. A local file is read to its end and must fill one sequence.
+    dropped: how many layers in a row the cut lacks, at most; None asks nothing of the memory. settings: those of
+    `heal_checkpoint`. A local file is read to its end and must fill one sequence.
     """
     config = load_config(source.folder, trust_remote_code)
     budget = byte_count(settings.pop("memory", None), "--memory")
-    byte_count(settings.pop("ram", None), "--ram")
+    host = byte_count(settings.pop("ram", None), "--ram")
     check_device(pick_device(device), budget)
     check_reports(settings.get("report_to") or ())
     elsewhere = {key: settings.pop(key) for key in ("report_to", "teacher") if key in settings}
@@ -43,7 +46,10 @@ def check_healing(
         check_kernels(config, pick_device(device))
     if "teacher" in elsewhere and not (chosen.distil or chosen.bridge):
         raise UsageError(f"--teacher {elsewhere['teacher']} is for --distil or --bridge: give one of them, or leave it out")
-    refuse_quantised(source, config, read_checkpoint(source.folder))
+    stored = read_checkpoint(source.folder)
+    refuse_quantised(source, config, stored)
+    if dropped is not None and pick_device(device) == "cpu":
+        check_ram(host, least_left(stored, layer_count(config), dropped))
     refuse_fused(source, chosen, trust_remote_code)
     if data != "c4":
         check_one_sequence(load_tokenizer(source.folder, trust_remote_code), data, chosen.length, seed)
@@ -75,11 +81,11 @@ def check_device(device: str, memory: int | None = None) -> None:
         raise UsageError(f"--device {device} cannot heal: set CUDA_VISIBLE_DEVICES={index} and leave --device out")
 
 
-def check_ram(ram: int | None, stored: Mapping[str, StoredTensor]) -> None:
-    """Refuse host memory that not even the process and the stored model in NF4 fit in."""
+def check_ram(ram: int | None, numbers: int) -> None:
+    """Refuse host memory that not even the process and a model of so many `numbers` in NF4 fit in."""
     from layerprune.heal.memory import refuse_ram
 
-    refuse_ram(ram, sum(t.numel for t in stored.values()), local_processes())
+    refuse_ram(ram, numbers, local_processes())
 
 
 def pick_teacher(source: ModelSource, settings: Healing, given: str | Path | None, trust: bool) -> Teacher | None:

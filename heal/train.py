@@ -143,7 +143,7 @@ def heal_checkpoint(
         check_kernels(config, chosen)
     stored = read_checkpoint(source.folder)
     if chosen == "cpu":
-        check_ram(host, stored)
+        check_ram(host, sum(t.numel for t in stored.values()))
     refuse_quantised(source, config, stored)
     check_data(settings.data, "--heal-data", "train", seed)
     if settings.validation is not None:

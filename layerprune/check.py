@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def check_recipe_file(
 
     drop: the fraction of layers to drop. device: `h100` or `cpu`, whose rate gives the hours. memory, ram: of the GPU and of
     the host, bytes or text such as `24GiB` (80 GB and 64 GB; on the CPU 16 GB of the host's): a model that does not fit is
-    ranked and measured layer by layer, and `streamed` holds the plans for that.
+    ranked and measured layer by layer, and `streamed` holds the plans for that. `too_large` names the steps that do not fit even
+    so, and `healing_verdict` says what would do where healing is one of them (else it is empty).
     Returns what `format_check` prints; sizes in bytes. Raises Refused with every fault of the recipe,
     UsageError for a name that is no recipe and for a fraction that drops no or all layers.
     """
@@ -38,6 +40,9 @@ def check_recipe_file(
     if device == "cpu" and gpu is not None:
         raise UsageError("--memory is the GPU's: use --ram for the host's memory, or --device h100")
     found = estimate(recipe, drop, DEVICES[device], stored_bytes)
+    limits = _limits(device, gpu, host)
+    lines, too_large = _streamed(recipe, device, stored_bytes, limits)
+    healing = _healing_verdict(next(step.memory for step in found.steps if step.name == "heal"), device, limits)
     return {
         "recipe": recipe.name,
         "model": recipe.model,
@@ -47,21 +52,56 @@ def check_recipe_file(
         "drop": drop,
         "device": DEVICES[device].name,
         "heal": {"length": recipe.heal.length or 2048, "batch_size": recipe.heal.batch_size},
-        "streamed": _streamed(recipe, device, stored_bytes, gpu, host),
+        "streamed": lines,
+        "too_large": too_large + (["healing"] if healing else []),
+        "healing_verdict": healing,
         **asdict(found),
     }
 
 
-def _streamed(recipe: Recipe, device: str, stored: float, gpu: int | None, host: int | None) -> list[str]:
-    """How ranking and the whole last-n curve are computed where the weights do not fit; empty where they do."""
+@dataclass(frozen=True)
+class _Limits:
+    """Bytes of the GPU (None on the CPU) and of the host; told: the one that healing must fit in, in words."""
+
+    memory: int | None
+    ram: int
+    told: str
+
+    @property
+    def healing(self) -> int:
+        return self.ram if self.memory is None else self.memory
+
+
+def _limits(device: str, gpu: int | None, host: int | None) -> _Limits:
+    memory = None if device == "cpu" else gpu or 80_000_000_000
+    ram = host or (16_000_000_000 if device == "cpu" else 64_000_000_000)
+    option, given = ("--ram", host) if memory is None else ("--memory", gpu)
+    told = f"the {size(given)} of {option}" if given else f"{size(memory or ram)}, which {option} would change"
+    return _Limits(memory, ram, told)
+
+
+def _healing_verdict(need: float, device: str, limits: _Limits) -> str:
+    """What would do where healing does not fit; empty where it does."""
+    if need <= limits.healing:
+        return ""
+    least = f"{math.ceil(need / 1e8) / 10:.1f}GB"
+    ways = f"--ram {least}" if device == "cpu" else f"--memory {least}, several GPUs with recipes/accelerate/fsdp.yaml"
+    return (
+        f"Healing does not fit: it takes {size(need)}, more than {limits.told}, however ranking and loss are streamed. What would "
+        f"do: at least {ways}, or no healing (--no-heal)."
+    )
+
+
+def _streamed(recipe: Recipe, device: str, stored: float, limits: _Limits) -> tuple[list[str], list[str]]:
+    """How ranking and the whole last-n curve are computed where the weights do not fit, and which of them does not fit even so;
+    nothing where the weights do."""
     from layerprune.model.streamplan import last_branches, plan_streaming, rank_branches
 
     kind, shape = DEVICES[device], recipe.shape
-    memory = None if device == "cpu" else gpu or 80_000_000_000
-    ram = host or (16_000_000_000 if device == "cpu" else 64_000_000_000)
+    memory, ram = limits.memory, limits.ram
     if shape.parameters * kind.weight_bytes + (2 << 30) <= (ram if memory is None else memory):
-        return []
-    lines = []
+        return [], []
+    lines, too_large = [], []
     wanted: list[tuple[str, list[Kept], RankSettings | EvalSettings, bool]] = [
         ("rank", rank_branches(shape.layers), recipe.rank, False),
         ("loss, last n", last_branches(shape.layers), recipe.eval, True),
@@ -78,7 +118,8 @@ def _streamed(recipe: Recipe, device: str, stored: float, gpu: int | None, host:
             )
         except Refused as refusal:
             lines.append(f"{name}: {refusal}")
-    return lines
+            too_large.append({"rank": "ranking"}.get(name, "the loss"))
+    return lines, too_large
 
 
 def _find(name: str) -> tuple[Recipe, float]:
@@ -88,9 +129,7 @@ def _find(name: str) -> tuple[Recipe, float]:
     if path.is_dir() and (path / "config.json").exists():
         shape, stored_bytes = shape_of_checkpoint(path)
         note = "A local checkpoint: sizes are counted in its files, settings are the defaults."
-        return Recipe(
-            name=path.resolve().name, model=name, origin="ours", shape=shape, note=note
-        ), stored_bytes
+        return Recipe(name=path.resolve().name, model=name, origin="ours", shape=shape, note=note), stored_bytes
     recipe = load_recipe(name)
     if recipe.local_folder is not None:
         return recipe, shape_of_checkpoint(recipe.local_folder)[1]
@@ -103,8 +142,12 @@ def format_check(checked: dict[str, Any]) -> str:
     whose = "the paper's settings" if checked["origin"] == "paper" else "settings of ours"
     about = "" if checked["exact"] else "about "
     left = checked["kept_parameters"]
+    misfits = checked["too_large"]
+    verdict = "no fault found"
+    if misfits:
+        verdict = f"no fault in the recipe, but {_joined(misfits)} {'do' if len(misfits) > 1 else 'does'} not fit in the memory"
     lines = [
-        f"{checked['recipe']}: {checked['model']}, {whose}, no fault found",
+        f"{checked['recipe']}: {checked['model']}, {whose}, {verdict}",
         f"{shape['layers']} layers, hidden size {shape['hidden']:,}, vocabulary {shape['vocab']:,}, "
         f"{_count(shape['parameters'])} parameters",
         f"--drop {checked['drop']:g} drops {checked['dropped']} layers and keeps {checked['kept']}: "
@@ -120,7 +163,10 @@ def format_check(checked: dict[str, Any]) -> str:
         lines.append(
             f"{step['name']:<12}{step['documents']:>11,}{_count(step['tokens']):>11}{step['steps']:>9,}"
             f"{_round(step['flops'] / 1e15):>11}{_round(step['hours']):>9}{size(step['memory']):>11}"
+            + ("  does not fit" if step["name"] == "heal" and checked["healing_verdict"] else "")
         )
+    if checked["healing_verdict"]:
+        lines += ["", checked["healing_verdict"]]
     if checked["streamed"]:
         lines += ["", "The weights do not fit in the memory given, so they come from the files:", *checked["streamed"]]
     parts = ", ".join(f"{name} {size(amount)}" for name, amount in disk.items() if amount)
@@ -142,6 +188,10 @@ def size(amount: float) -> str:
         if amount >= factor:
             return f"{_round(amount / factor)} {unit}"
     return f"{amount / 1e3:.0f} kB"
+
+
+def _joined(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _count(amount: float) -> str:

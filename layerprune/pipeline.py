@@ -73,9 +73,14 @@ class _Run:
 
     def all(self) -> None:
         self.announce()
+        to_rank = not (self.path / "rank.json").exists()
+        if to_rank:
+            self.stages.budget(self.plan.source.folder)  # what the weight files' headers show is refused before data is read
         self.stages.ready()  # an unknown task, or data that measures nothing, ends the run here, not hours later
         if self.plan.heal is not None and not (self.path / "healed").exists():
-            self.stages.check_healing()
+            self.stages.check_healing(self.plan.n)
+        if to_rank:
+            self.check_sweep()
         with self.folder.phase("rank"):
             ranking = self.rank()
         block = self.block(self.plan.n, ranking)
@@ -123,9 +128,20 @@ class _Run:
         layers = self.plan.layers
         return self.block(n, ranking).kept(layers) if n else tuple(range(layers))
 
-    def sweep(self, ranking: Mapping[str, Any]) -> dict[str, Any]:
+    def depths(self) -> list[int]:
         """The whole model and every depth of the curve but this run's own, which is measured as it is written."""
-        depths = [0, *(n for n in self.plan.curve if n != self.plan.n)]
+        return [0, *(n for n in self.plan.curve if n != self.plan.n)]
+
+    def check_sweep(self) -> None:
+        whole, depths = tuple(range(self.plan.layers)), self.depths()
+        if self.plan.strategy == "last":
+            cuts = [last_block(n, self.plan.layers).kept(self.plan.layers) for n in depths[1:]]
+            self.stages.check_sweep([whole, *cuts], 0, self.folder.work / "answers")
+        else:
+            self.stages.check_sweep([whole], len(depths) - 1, self.folder.work / "answers")
+
+    def sweep(self, ranking: Mapping[str, Any]) -> dict[str, Any]:
+        depths = self.depths()
         shown = ", ".join(map(str, depths[1:])) or "none"
         self.say(f"evaluating the whole model, and the curve in the same pass: {shown} layers dropped")
         found = self.stages.sweep([self.kept(n, ranking) for n in depths], self.folder.work / "answers")

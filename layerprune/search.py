@@ -129,8 +129,10 @@ class _Finder(Sweeper):
         strategy = self.plan.strategies[0]
         self.announce()
         self.say(self.cost())
+        self.check_headers()
         self.stages.ready()
-        self.stages.check_healing()
+        self.stages.check_healing(self.layers - 1)  # which depths are healed the search will say
+        self.check_sweep()
         ranking = self.rank() if strategy == "angular" else None
         kept = self.kept(ranking)
         with self.folder.phase("sweep"):
@@ -231,4 +233,3 @@ class _Finder(Sweeper):
             f"{heals}, {each} each; estimate: {as_bytes(need)} of disk, {as_time(hours)} on one {kind.name}, {as_time(one)} of it "
             f"for each healing{unknown_tasks(found)}"
         )
-

@@ -10,6 +10,7 @@ from typing import Any
 
 from layerprune.model.config import layer_count, load_config
 from layerprune.model.cuts import Block, Kept
+from layerprune.model.errors import Refused
 from layerprune.model.tensors import read_checkpoint
 from layerprune.runplan import Setup
 
@@ -43,9 +44,12 @@ class Stages:
         if folder not in self._budgets:
             self.release()
             setup = self.setup
-            self._budgets[folder] = streaming_budget(
-                folder, device=setup.asked_device, dtype=setup.dtype, memory=setup.memory, ram=setup.ram
-            )
+            budget = self._budgets[folder] = streaming_budget(
+                folder, device=setup.asked_device, dtype=setup.dtype, memory=setup.memory, ram=setup.ram,
+                trust_remote_code=setup.trust_remote_code,
+            )  # fmt: skip
+            if budget is not None:
+                self.say(f"{setup.source.name if folder == setup.source.folder else folder.name}: {budget.why}")
         return self._budgets[folder]
 
     def stream(self, folder: Path) -> tuple[Any, Any]:
@@ -55,9 +59,7 @@ class Stages:
 
         self._source = self._streamed = None
         setup = self.setup
-        made = StreamedModel(
-            folder, device=setup.asked_device, dtype=setup.dtype, trust_remote_code=setup.trust_remote_code
-        )
+        made = StreamedModel(folder, device=setup.asked_device, dtype=setup.dtype, trust_remote_code=setup.trust_remote_code)
         return made, load_tokenizer(folder, setup.trust_remote_code)
 
     def streamed_source(self) -> tuple[Any, Any]:
@@ -116,9 +118,30 @@ class Stages:
                 keep=keep,
             )  # fmt: skip
         live, tokenizer = self.source()
-        return dict(
-            rank_live(view_decoder(live), tokenizer, setup.rank, setup.source, seed=setup.seed, progress=self.progress)
-        )
+        return dict(rank_live(view_decoder(live), tokenizer, setup.rank, setup.source, seed=setup.seed, progress=self.progress))
+
+    def check_sweep(self, kept: Iterable[Kept], unknown: int, answers: Path) -> None:
+        """Refuse, before anything is ranked, what `sweep` of these cuts would refuse, where the source is streamed.
+
+        unknown: how many more cuts there will be, of blocks that the ranking is to choose.
+        """
+        from layerprune.eval.answers import Answers
+        from layerprune.eval.streamed import check_sweep
+
+        budget = self.budget(self.setup.source.folder)
+        if budget is None:
+            return
+        streamed, tokenizer = self.streamed_source()
+        tasks, sequences = self.ready()
+        self.say("planning the evaluation that follows on the ranking")
+        try:
+            check_sweep(
+                streamed, tokenizer, kept, budget, unknown=unknown, tasks=tasks, sequences=sequences, answers=Answers(answers),
+                limit=self.setup.evaluation.limit, batch_size=self.batch_size, seed=self.setup.seed,
+                keep=answers.parent / ".pass",
+            )  # fmt: skip
+        except Refused as refusal:
+            raise Refused(f"nothing was ranked, for the evaluation after it would be refused: {refusal}") from None
 
     def block(self, n: int, strategy: str, ranking: Mapping[str, Any] | None) -> Block:
         from layerprune.prune.cut import choose_block
@@ -151,15 +174,16 @@ class Stages:
             return False
         return self.verify
 
-    def check_healing(self) -> None:
-        """Refuse what healing would refuse (the architecture, the targets, the data), before anything is ranked."""
+    def check_healing(self, dropped: int | None) -> None:
+        """Refuse what healing a cut of so many layers would refuse (the architecture, the targets, the data, the memory), before
+        anything is ranked. None: nothing is to be healed any more."""
         from layerprune.heal.checks import check_healing
 
         setup = self.setup
         assert setup.heal is not None
         check_healing(
             setup.source, data=setup.heal.data, seed=setup.seed, device=setup.asked_device,
-            trust_remote_code=setup.trust_remote_code, **setup.heal_options,
+            trust_remote_code=setup.trust_remote_code, dropped=dropped, **setup.heal_options,
         )  # fmt: skip
 
     def heal(self, pruned: Path, healed: Path, adapter: Path, work: Path) -> None:
@@ -197,9 +221,7 @@ class Stages:
             tasks = load_tasks(setup.tasks, setup.task_folder, setup.seed) if setup.tasks else None
             config = load_config(setup.source.folder, setup.trust_remote_code)
             tokenizer = load_tokenizer(setup.source.folder, setup.trust_remote_code)
-            sequences = loss_sequences(
-                tokenizer, config, chosen.data, chosen.samples, chosen.length, setup.seed, self.progress
-            )
+            sequences = loss_sequences(tokenizer, config, chosen.data, chosen.samples, chosen.length, setup.seed, self.progress)
             self._ready = (tasks, sequences)
         return self._ready
 

@@ -11,7 +11,7 @@ from typing import Any
 from layerprune.curve import draw_curve, layer_parameters, row, write_curve
 from layerprune.eval.collapse import check_keep
 from layerprune.model.config import layer_count, load_config
-from layerprune.model.cuts import Kept, drop_count
+from layerprune.model.cuts import Kept, drop_count, last_block
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.files import must_have_room, read_json, write_json
 from layerprune.model.source import find_model
@@ -198,10 +198,12 @@ class Sweeper:
 
     def all(self) -> None:
         self.announce()
+        self.check_headers()
         self.stages.ready()
         if self.setup.heal is not None:
-            self.stages.check_healing()
+            self.stages.check_healing(self.shallowest())
             self.check_room()
+        self.check_sweep()
         self.folder.note(asked=self.asked, finished=False)  # not before what can be refused at once is refused
         (self.path / "report.html").unlink(missing_ok=True)  # it would speak of less than what is asked for now
         ranking = self.rank() if "angular" in self.plan.strategies else None
@@ -246,6 +248,13 @@ class Sweeper:
             and (may_heal or (self.path / "heal" / f"{strategy}-{n}" / "healed").exists())
             and not self.is_healed((strategy, n))
         ]
+
+    def shallowest(self) -> int | None:
+        """The fewest layers that a cut will lack which is still to be healed here; None where there is none."""
+        if self.spread.launcher is not None:  # on other machines, of which this one knows nothing
+            return None
+        ahead = [n for strategy, n in self.unhealed() if not (self.path / "heal" / f"{strategy}-{n}" / "healed").exists()]
+        return min(ahead, default=None)
 
     def is_healed(self, piece: Piece) -> bool:
         """Whether `heal_depth` would find everything done."""
@@ -311,6 +320,22 @@ class Sweeper:
             + (f"; healed at n = {', '.join(map(str, plan.heal))}" if plan.heal else "")
         )
         self.say(f"sweep folder {self.path}, device {setup.device}")
+
+    def will_rank(self) -> bool:
+        return "angular" in self.plan.strategies and not (self.path / "rank.json").exists()
+
+    def check_headers(self) -> None:
+        """Where the source is too large to be streamed, its files' headers show it before data is read."""
+        if self.will_rank():
+            self.stages.budget(self.setup.source.folder)
+
+    def check_sweep(self) -> None:
+        """Refuse before the ranking what the evaluation after it would refuse; without a ranking that comes next anyway."""
+        if self.will_rank():
+            known = [tuple(range(self.layers))]
+            if "last" in self.plan.strategies:
+                known += [last_block(n, self.layers).kept(self.layers) for n in self.plan.drops]
+            self.stages.check_sweep(known, len(self.plan.drops), self.path / "answers")
 
     def rank(self) -> dict[str, Any]:
         if not (self.path / "rank.json").exists():

@@ -94,6 +94,30 @@ def is_stray_buffer(rest: str, tensor: StoredTensor) -> bool:
     return mask or tensor.numel == 1
 
 
+def by_layer(stored: Mapping[str, StoredTensor], layers: int) -> tuple[list[dict[str, StoredTensor]], dict[str, StoredTensor]]:
+    """The stored tensors of each layer, and those outside the stack; constants that models compute themselves, and layers after
+    the last, belong to neither. Raises Refused as `find_stack`."""
+    prefix = find_stack(stored, layers)
+    groups: list[dict[str, StoredTensor]] = [{} for _ in range(layers)]
+    rest: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        parts = split_name(name)
+        if parts is None or parts[0] != prefix:
+            rest[name] = tensor
+        elif parts[1] < layers and not is_stray_buffer(parts[2], tensor):
+            groups[parts[1]][name] = tensor
+    return groups, rest
+
+
+def least_left(stored: Mapping[str, StoredTensor], layers: int, dropped: int) -> int:
+    """Numbers that the stored tensors of a cut hold at least, whichever `dropped` layers in a row go. Raises Refused as
+    `find_stack`."""
+    groups, rest = by_layer(stored, layers)
+    each = [sum(tensor.numel for tensor in group.values()) for group in groups]
+    most = max(sum(each[start : start + dropped]) for start in range(layers - dropped + 1))
+    return sum(tensor.numel for tensor in rest.values()) + sum(each) - most
+
+
 def plan_cut(stored: Mapping[str, StoredTensor], layers: int, kept: Kept) -> CutPlan:
     """Map every stored name to its name after the cut.
 

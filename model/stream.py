@@ -23,7 +23,7 @@ from layerprune.model.feed import DTYPES, read_onto
 from layerprune.model.fingerprint import checkpoint_fingerprint
 from layerprune.model.load import check_keys, pick_device, pick_dtype, quiet_transformers, refuse_quantised
 from layerprune.model.nf4 import CPU_PACKING_BYTES, NF4_BYTES, is_packable, pack, unquantised
-from layerprune.model.plan import find_stack, is_stray_buffer, split_name
+from layerprune.model.plan import by_layer
 from layerprune.model.tensors import StoredTensor, read_checkpoint
 
 Slot = tuple[dict[str, Any], str, Any]
@@ -55,7 +55,7 @@ class StreamedModel:
         self.read = 0
         model = _skeleton(folder, config, pick_dtype(dtype, self.device.type), trust_remote_code, len(self._stored))
         self.decoder = view_decoder(model)
-        self._groups, rest = _groups(self._stored, len(self.decoder))
+        self._groups, rest = by_layer(self._stored, len(self.decoder))
         self._slots = [_slots(layer) for layer in self.decoder.layers]
         self.dtype = "nf4" if dtype == "nf4" else str(model.dtype).removeprefix("torch.")
         self._packed = _to_pack(self.decoder, self.device.type) if dtype == "nf4" else [[] for _ in self.decoder.layers]
@@ -227,20 +227,6 @@ def _compute_buffers(model: Any) -> None:
             if module._buffers:
                 nearest = max((o for o in owners if o in ("", name) or name.startswith(o + ".")), key=len)
                 owners[nearest]._init_weights(module)
-
-
-def _groups(stored: Mapping[str, StoredTensor], layers: int) -> tuple[list[dict[str, StoredTensor]], dict[str, StoredTensor]]:
-    """The stored tensors of each layer, and the others; constants that models compute themselves belong to neither."""
-    prefix = find_stack(stored, layers)
-    groups: list[dict[str, StoredTensor]] = [{} for _ in range(layers)]
-    rest: dict[str, StoredTensor] = {}
-    for name, tensor in stored.items():
-        parts = split_name(name)
-        if parts is None or parts[0] != prefix:
-            rest[name] = tensor
-        elif parts[1] < layers and not is_stray_buffer(parts[2], tensor):
-            groups[parts[1]][name] = tensor
-    return groups, rest
 
 
 def _to_pack(decoder: Decoder, device: str) -> list[list[Any]]:

@@ -201,12 +201,13 @@ def rank_blocks(
     pick_dtype(dtype, pick_device(device))
     pick_length(settings["length"], load_config(source.folder, trust_remote_code))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    budget = streaming_budget(source.folder, device=device, dtype=dtype, memory=memory, ram=ram)
+    budget = streaming_budget(
+        source.folder, device=device, dtype=dtype, memory=memory, ram=ram, trust_remote_code=trust_remote_code
+    )
     if budget is not None:
+        say(f"{source.name}: {budget.why}")
         streamed = StreamedModel(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        result = rank_from_disk(
-            streamed, tokenizer, settings, source, budget, seed=seed, progress=progress, say=say, keep=keep
-        )
+        result = rank_from_disk(streamed, tokenizer, settings, source, budget, seed=seed, progress=progress, say=say, keep=keep)
     else:
         live = load_model(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
         result = rank_live(view_decoder(live), tokenizer, settings, source, seed=seed, progress=progress)

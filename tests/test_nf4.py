@@ -19,7 +19,7 @@ from layerprune.model.config import auto_class
 from layerprune.model.decoder import forward_logits, view_decoder
 from layerprune.model.layermajor import sizes_of
 from layerprune.model.load import dtype_name, load_model
-from layerprune.model.nf4 import NF4_BYTES, compute_dtype
+from layerprune.model.nf4 import CPU_PACKING_BYTES, NF4_BYTES, compute_dtype
 from layerprune.model.stream import StreamedModel
 from layerprune.prune.rank import rank_decoder
 from layerprune.prune.rank_streamed import rank_streamed
@@ -77,7 +77,7 @@ def test_a_layer_takes_a_quarter_and_goes_again(wide: Path) -> None:
             assert streamed.layer_bytes(layer) == int(plain.layer_bytes(layer) - saved)
         dense = plain.layer_bytes(layer)  # all of it is there before the first linear layer is packed
         largest = max(m.in_features * m.out_features for m in four)
-        assert streamed.arriving_bytes(layer) == dense + max(streamed.stored_bytes(layer), 22 * largest)
+        assert streamed.arriving_bytes(layer) == dense + max(streamed.stored_bytes(layer), CPU_PACKING_BYTES * largest)
         assert plain.arriving_bytes(layer) == plain.stored_bytes(layer)
     assert sizes_of(streamed).arriving == max(map(streamed.arriving_bytes, range(2)))
     assert not any("forward" in m.__dict__ for layer in streamed.decoder.layers for m in layer.modules())
@@ -90,6 +90,7 @@ def test_what_fits_in_four_bits_is_loaded(wide: Path, monkeypatch: pytest.Monkey
     from layerprune.model.tensors import read_checkpoint
 
     monkeypatch.setattr(budget, "WORKING_BYTES", 0)
+    monkeypatch.setattr(budget, "refuse_too_little", lambda *given: None)  # no process is that small
     stored = sum(t.numel for t in read_checkpoint(wide).values())
     given: dict[str, Any] = {"device": "cpu", "ram": int(1.6 * stored)}
     assert streaming_budget(wide, dtype="float32", **given) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,38 @@ def test_check_tells_the_plan_of_what_does_not_fit() -> None:
     assert check_recipe_file("llama-2-7b")["streamed"] == []
     assert "use at least" in check_recipe_file("llama-2-70b", memory="4GiB")["streamed"][0]
     assert len(check_recipe_file("llama-2-7b", device="cpu", ram="8GiB")["streamed"]) == 2
+    assert checked["too_large"] == [] and checked["healing_verdict"] == ""
     with pytest.raises(UsageError, match="--memory is the GPU's"):
         check_recipe_file("llama-2-7b", device="cpu", memory="8GiB")
     assert load_recipe("llama-2-70b").shape.layers == 80
+
+
+def test_check_says_that_healing_does_not_fit_though_the_rest_is_streamed() -> None:
+    checked = check_recipe_file("llama-2-70b", memory="24GB")
+    need = next(step["memory"] for step in checked["steps"] if step["name"] == "heal")
+    assert need > 24e9 and checked["too_large"] == ["healing"] and "passes over the checkpoint" in checked["streamed"][1]
+    lines = format_check(checked).splitlines()
+    assert lines[0].endswith("the paper's settings, no fault in the recipe, but healing does not fit in the memory")
+    assert [line.endswith("30 GB  does not fit") for line in lines if line.startswith("heal ")] == [True]
+    least = re.search(
+        r"^Healing does not fit: it takes 30 GB, more than the 24 GB of --memory, .* at least --memory ([\d.]+GB), several GPUs "
+        r"with recipes/accelerate/fsdp.yaml, or no healing \(--no-heal\)\.$",
+        "\n".join(lines),
+        re.M,
+    )
+    assert least is not None
+    assert (DOCS.parent / "recipes" / "accelerate" / "fsdp.yaml").is_file()
+    assert check_recipe_file("llama-2-70b", memory=least[1])["too_large"] == []  # and what it says is enough
+    below = check_recipe_file("llama-2-70b", memory=int(need) - 1)
+    assert below["too_large"] == ["healing"]
+
+
+def test_check_names_every_step_that_does_not_fit() -> None:
+    text = format_check(check_recipe_file("llama-2-70b", memory="4GiB"))
+    assert "but ranking, the loss and healing do not fit in the memory" in text.splitlines()[0]
+    fits = check_recipe_file("llama-2-7b", memory="16GiB")  # loaded whole, and healed
+    assert fits["streamed"] == [] and fits["too_large"] == []
+    small = check_recipe_file("llama-2-7b", drop=0.05, memory="5GB")
+    assert small["too_large"] == ["healing"] and check_recipe_file("llama-2-7b", drop=0.4, memory="5GB")["too_large"] == []
+    on_cpu = check_recipe_file("llama-2-70b", device="cpu")
+    assert "more than 16 GB, which --ram would change" in on_cpu["healing_verdict"] and "fsdp" not in on_cpu["healing_verdict"]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerprune.eval.answers import Answers
+from layerprune.eval.evaluate import evaluate_checkpoint
 from layerprune.eval.streamed import sweep_streamed
 from layerprune.eval.sweep import sweep_live
 from layerprune.model import stream
 from layerprune.model.branches import Branches
-from layerprune.model.budget import Budget, streaming_budget
+from layerprune.model.budget import GIB, Budget, certain_bytes, refuse_too_little, streaming_budget
+from layerprune.model.config import load_config
 from layerprune.model.decoder import Decoder, view_decoder
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.layermajor import layer_major, prove_stack, sizes_of, working_bytes
 from layerprune.model.layerwise import Batch, Layerwise, State
-from layerprune.model.load import load_model, load_tokenizer
-from layerprune.model.passplan import PassPlan, Sizes, nodes_of, plan_passes, stored_states
+from layerprune.model.load import load_model, load_tokenizer, pick_dtype
+from layerprune.model.passplan import PROCESS_BYTES, PassPlan, Sizes, nodes_of, plan_passes, stored_states
 from layerprune.model.stream import StreamedModel
+from layerprune.model.tensors import read_checkpoint
 from layerprune.model.tree import CutTree, Node
 from layerprune.prune.rank import rank_blocks, rank_decoder
 from layerprune.prune.rank_streamed import rank_streamed
@@ -59,6 +63,16 @@ def cuts(layers: int) -> list[tuple[int, ...]]:
     return [tuple(range(layers)), *last, *blocks]
 
 
+def must_not_count_too_much(streamed: StreamedModel, least: float = 0.0) -> None:
+    """What the headers say is never more than what the plan of the passes counts, and not less than `least` of it."""
+    config, stored = load_config(streamed.folder), read_checkpoint(streamed.folder)
+    kept = pick_dtype(streamed.dtype, "cpu")
+    outside, layer, arriving = certain_bytes(config, stored, streamed.dtype, kept)
+    exact = sizes_of(streamed)
+    pairs = ((outside, exact.rest), (layer, max(exact.layers)), (arriving, exact.arriving))
+    assert all(least * known <= certain <= known for certain, known in pairs), pairs
+
+
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_every_family_is_equal_to_the_bit_or_refused(name: str, tmp_path: Path) -> None:
     from transformers import CONFIG_MAPPING
@@ -78,6 +92,7 @@ def test_every_family_is_equal_to_the_bit_or_refused(name: str, tmp_path: Path) 
     assert_same(rest, {n: t for n, t in own.items() if not n.startswith(inside)})
     for layer in streamed.layers(range(len(streamed))):
         assert_same(tensors(streamed.decoder.layers[layer]), tensors(view_decoder(live).layers[layer]))
+    must_not_count_too_much(streamed)
     distance, _ = rank_streamed(streamed, asked, PLENTY)
     assert distance == rank_decoder(view_decoder(live), asked)
     kept = cuts(families.LAYERS)
@@ -327,12 +342,80 @@ def test_what_fits_is_loaded(tiny_llama: Path, limits: Callable[[int], None]) ->
         choice(ram="much")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "nf4"])
+def test_what_can_never_be_streamed_is_refused_by_the_headers(
+    build_llama: Callable[..., Path], tmp_path: Path, limits: Callable[[int], None], tied: bool, dtype: str
+) -> None:
+    folder = build_llama(tmp_path / "model", tie_word_embeddings=tied)
+    streamed = StreamedModel(folder, device="cpu", dtype=dtype)
+    must_not_count_too_much(streamed, 0.99 if dtype != "nf4" else 0.2)
+    exact = sizes_of(streamed)
+    outside, layer, arriving = certain_bytes(load_config(folder), read_checkpoint(folder), dtype, pick_dtype(dtype, "cpu"))
+    stored = read_checkpoint(folder)
+    head = {**stored, "lm_head.weight": replace(stored["model.embed_tokens.weight"], name="lm_head.weight")}
+    assert certain_bytes(load_config(folder), head, dtype, pick_dtype(dtype, "cpu"))[0] == outside  # stored, and tied all the same
+    least = outside + 2 * layer + arriving + PROCESS_BYTES
+    assert least <= exact.rest + 2 * max(exact.layers) + exact.arriving + PROCESS_BYTES
+    assert streaming_budget(folder, device="cpu", dtype=dtype, ram=least) == Budget(None, least)
+    with pytest.raises(Refused, match=rf"--ram {(least - 1) / GIB:.2f}GiB is too little .* give more than that") as refusal:
+        streaming_budget(folder, device="cpu", dtype=dtype, ram=least - 1)
+    assert least / GIB <= float(str(refusal.value).split(" take ")[1].split("GiB")[0]) < least / GIB + 0.011
+
+
+def test_the_two_memories_of_a_gpu_are_weighed_apart(tiny_llama: Path) -> None:
+    config, stored = load_config(tiny_llama), read_checkpoint(tiny_llama)
+    outside, layer, arriving = certain_bytes(config, stored, "bfloat16", torch.bfloat16)
+    memory, ram = outside + 2 * layer + arriving, 2 * arriving + PROCESS_BYTES
+
+    def weigh(memory: int, ram: int) -> None:
+        refuse_too_little(config, stored, "bfloat16", torch.bfloat16, Budget(memory, ram))
+
+    weigh(memory, ram)
+    with pytest.raises(Refused, match=r"^--memory 0.00GiB is too little .* give more than that$"):
+        weigh(memory - 1, ram)
+    with pytest.raises(
+        Refused, match=r"^--ram 0.68GiB is too little .* two layers as they are stored, and the process take 0.69GiB"
+    ):
+        weigh(memory, ram - 1)
+    # and a plan says no less
+    sizes = Sizes(
+        rest=outside, layers=(layer,) * 5, stored=(arriving,) * 5, arriving=arriving, width=1, itemsize=2, beside=0, pair=0
+    )
+    for given in ((memory - 1, ram + (1 << 20)), (memory + (1 << 20), ram - 1)):
+        with pytest.raises(Refused):
+            plan_passes(sizes, CutTree([tuple(range(5))], 5), [(1, 1)], memory=given[0], ram=given[1], working=0)
+    plan_passes(sizes, CutTree([tuple(range(5))], 5), [(1, 1)], memory=memory + 99, ram=ram + 99, working=0)
+
+
+def test_a_refusal_comes_before_any_weight_is_read(run_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*given: Any, **more: Any) -> None:
+        raise AssertionError("the model was begun")
+
+    monkeypatch.setattr(stream.StreamedModel, "__init__", never)
+    monkeypatch.setattr("layerprune.model.load.load_model", never)
+    given: dict[str, Any] = {"data": str(run_inputs / "loss.jsonl"), "samples": 4, "length": 16, "ram": "500MiB"}
+    with pytest.raises(Refused, match="--ram 0.49GiB is too little"):
+        rank_blocks(run_inputs / "model", **given)
+    with pytest.raises(Refused, match="--ram 0.49GiB is too little"):
+        evaluate_checkpoint(run_inputs / "model", **given)
+
+
+def test_it_is_told_why_a_model_is_streamed(tiny_llama: Path, limits: Callable[[int], None]) -> None:
+    weights = sum(t.numel for t in read_checkpoint(tiny_llama).values()) * 4
+    found = streaming_budget(tiny_llama, device="cpu", dtype="auto", ram="2GiB")
+    assert found is not None and found.why == (
+        f"not loaded whole, the layers come from the files: {weights / GIB:.2f} GiB of weights in float32 and 2.00 GiB kept free "
+        "for working memory and the process are more than --ram 2.00GiB"
+    )
+
+
 def test_the_public_functions_stream_within_a_budget(run_inputs: Path, tmp_path: Path) -> None:
     told: list[str] = []
     given = {"data": str(run_inputs / "loss.jsonl"), "samples": 6, "length": 24}
     expected = rank_blocks(run_inputs / "model", **given)
     found = rank_blocks(run_inputs / "model", **given, ram="1.5GiB", say=told.append)
-    assert found["distance"] == expected["distance"] and "1 pass over the checkpoint" in told[0]
+    assert found["distance"] == expected["distance"] and "1 pass over the checkpoint" in told[1]
     assert found["settings"]["streamed"]["passes"] == 1
     assert "streamed" not in expected["settings"]
     assert found["settings"]["streamed"]["bytes_read"] < sum(p.stat().st_size for p in (run_inputs / "model").glob("*.safetensors"))
