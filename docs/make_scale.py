@@ -119,8 +119,8 @@ def measured_on_gpu() -> str:
         f"{record['rank']['read'] / 1e9:.1f} GB of layers) in the page cache, `--memory 6GiB`, {shape['documents']} documents of "
         f"{shape['length']} tokens:",
         "",
-        "| | seconds | of the GPU's memory | of the slower of reading and computing |",
-        "|---|---|---|---|",
+        "| | seconds | of the GPU's memory | of the slower of reading and computing | largest difference from the loaded model |",
+        "|---|---|---|---|---|",
     ]
     names = {
         "bare": "the layers' bytes to the GPU, a few lines of plain code", "read": "all layers brought in, nothing computed",
@@ -130,7 +130,8 @@ def measured_on_gpu() -> str:
     for key, name in names.items():
         one = record[key]
         share = f"{one['share']:.2f}" if "share" in one else ""
-        rows.append(f"| {name} | {one['seconds']:.2f} | {one['gpu_peak'] / 2**30:.2f} GiB | {share} |")
+        apart = "" if "share" not in one else f"{one['largest_difference']:.0e}" if one["largest_difference"] else "0"
+        rows.append(f"| {name} | {one['seconds']:.2f} | {one['gpu_peak'] / 2**30:.2f} GiB | {share} | {apart} |")
     return "\n".join(rows)
 
 
