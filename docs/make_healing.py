@@ -8,6 +8,7 @@ the records.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from marks import filled_page, read_record
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"
 PAPER = "all layers, MLP (paper)"
+Places = Callable[[str, str, list[list[float]], dict[str, Any]], list[tuple[float, float]]]
+MODELS = ("english-32l", "demo model")
 SHOWN = {
     PAPER: ("#0072B2", "-"),
     "MLP and attention": ("#009E73", "-"),
@@ -101,15 +104,14 @@ def loss_at(points: list[tuple[float, float]], time: float) -> float | None:
     return points[-1][1]
 
 
-def table_of_seconds(record: dict[str, Any], timed: dict[str, Any], speed: dict[str, Any]) -> str:
-    """What a step of each way costs against the paper's, and its loss when the paper's way is half and wholly through."""
+def table_of_seconds(record: dict[str, Any], timed: dict[str, Any], speed: dict[str, Any] | None = None) -> str:
+    """What a step of each way costs against the paper's (a token on a GPU: of `speed`), and its loss when the paper's way is half
+    and wholly through."""
     costs, _ = step_costs(timed)
     steps = record["settings"]["steps"]
-    gpu = speed["ways"]
-    base = gpu["all layers, MLP"]["tokens/s"]
     drops = list(record["drops"])
-    head = "| way | time a step, CPU | time a token, H200 | " + " | ".join(f"drop {float(d):g}: half, whole" for d in drops)
-    lines = [head + " |", "|---" * (len(drops) + 3) + "|"]
+    head = ["way", "time a step, CPU"] + ["time a token, H200"] * bool(speed) + [f"drop {float(d):g}: half, whole" for d in drops]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     ways = {name: way for drop in record["drops"].values() for name, way in drop["variants"].items()}
     names = [name for name, way in ways.items() if way["held out"] and (name.startswith("bridge") or name in costs)]
     names.sort(key=lambda name: (name != PAPER, name))
@@ -121,8 +123,10 @@ def table_of_seconds(record: dict[str, Any], timed: dict[str, Any], speed: dict[
             cells.append(", ".join("" if v is None else f"{v:.4f}" for v in found))
         first = times_of(name, [[0, 0.0], [1, 0.0]], costs)
         each = f"{first[1][0] - first[0][0]:.2f}" + (f" after {first[0][0]:.1f} steps' time" if first[0][0] else "")
-        own = gpu.get("all layers, MLP" if name == PAPER else name)
-        cells = [name, each, "" if own is None else f"{base / own['tokens/s']:.2f}", *cells]
+        if speed is not None:
+            base, own = (speed["ways"].get(one) for one in ("all layers, MLP", "all layers, MLP" if name == PAPER else name))
+            cells.insert(0, "" if own is None else f"{base['tokens/s'] / own['tokens/s']:.2f}")
+        cells = [name, each, *cells]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -133,6 +137,7 @@ def tables() -> dict[str, str]:
         "ways-english": table_of_ways(read("heal_variants.json")),
         "ways-demo": table_of_ways(read("heal_variants_demo.json")),
         "seconds": table_of_seconds(read("heal_variants.json"), read("heal_ways_cpu.json"), read("heal_speed.json")),
+        "seconds-demo": table_of_seconds(read("heal_variants_demo.json"), read("heal_ways_demo_cpu.json")),
         "speed": table_of_speed(read("heal_speed.json")),
     }
 
@@ -144,64 +149,54 @@ def filled(page: str) -> str:
 
 def draw(target: Path) -> None:
     """Held-out loss against tokens trained, a panel a fraction: what each way reaches, and how soon."""
+
+    def tokens(model: str, name: str, points: list[list[float]], record: dict[str, Any]) -> list[tuple[float, float]]:
+        each = record["settings"]["batch_size"] * record["settings"]["length"] / 1e3
+        return [(step * each, loss) for step, loss in points]
+
+    _draw(target, "thousand tokens trained", tokens)
+
+
+def _draw(target: Path, axis: str, places: Places) -> None:
+    """A panel for each model and fraction; places: a way's (model, name, curve, record) to points of the panel."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = {"english-32l": read("heal_variants.json"), "demo model": read("heal_variants_demo.json")}
+    records = {MODELS[0]: read("heal_variants.json"), MODELS[1]: read("heal_variants_demo.json")}
     figure, grid = plt.subplots(2, 3, figsize=(11, 6.4), constrained_layout=True)
     for row, (model, record) in zip(grid, records.items(), strict=True):
-        settings = record["settings"]
-        each = settings["batch_size"] * settings["length"] / 1e3
         for panel, (d, drop) in zip(row, record["drops"].items(), strict=True):
-            ends = []
+            ends, right = [], 0.0
             for name, (colour, dash) in SHOWN.items():
                 if name in drop["variants"]:
-                    points = drop["variants"][name]["held out"]
-                    panel.plot([s * each for s, _ in points], [v for _, v in points], dash, color=colour, label=name, lw=1.5)
+                    points = places(model, name, drop["variants"][name]["held out"], record)
+                    panel.plot([x for x, _ in points], [y for _, y in points], dash, color=colour, label=name, lw=1.5)
                     ends.append(points[-1][1])
+                    right = points[-1][0] if name == PAPER else right
             low, high = min(ends), max(ends)
             panel.set_ylim(low - 0.15 * (high - low), high + 1.6 * (high - low))
+            panel.set_xlim(0, 1.1 * right)
             panel.set_title(f"{model}, drop {float(d):g} (layers {drop['block'][0]}:{drop['block'][1]})", fontsize=9)
             panel.spines[["top", "right"]].set_visible(False)
             panel.tick_params(labelsize=8)
+            panel.set_xlabel(axis, fontsize=8)
         row[0].set_ylabel("held-out loss / ln V", fontsize=9)
-        for panel in row:
-            panel.set_xlabel("thousand tokens trained", fontsize=8)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(target, dpi=130)
 
 
 def draw_seconds(target: Path) -> None:
-    """Held-out loss against time, a panel a fraction: each way's steps by what they cost when timed alone."""
-    import matplotlib
+    """Held-out loss against time: each way's steps by what they cost when timed alone."""
+    timed = {MODELS[0]: step_costs(read("heal_ways_cpu.json")), MODELS[1]: step_costs(read("heal_ways_demo_cpu.json"))}
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def minutes(model: str, name: str, points: list[list[float]], record: dict[str, Any]) -> list[tuple[float, float]]:
+        costs, step = timed[model]
+        return [(time * step / 60, loss) for time, loss in times_of(name, points, costs)]
 
-    record = read("heal_variants.json")
-    costs, step = step_costs(read("heal_ways_cpu.json"))
-    figure, row = plt.subplots(1, 3, figsize=(11, 3.6), constrained_layout=True)
-    for panel, (d, drop) in zip(row, record["drops"].items(), strict=True):
-        ends = []
-        for name, (colour, dash) in SHOWN.items():
-            if name in drop["variants"]:
-                points = times_of(name, drop["variants"][name]["held out"], costs)
-                panel.plot([t * step / 60 for t, _ in points], [v for _, v in points], dash, color=colour, label=name, lw=1.5)
-                ends.append(points[-1][1])
-        low, high = min(ends), max(ends)
-        panel.set_ylim(low - 0.15 * (high - low), high + 1.6 * (high - low))
-        panel.set_xlim(0, 1.1 * record["settings"]["steps"] * step / 60)
-        panel.set_title(f"english-32l, drop {float(d):g} (layers {drop['block'][0]}:{drop['block'][1]})", fontsize=9)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
-        panel.set_xlabel("minutes on one core", fontsize=8)
-    row[0].set_ylabel("held-out loss / ln V", fontsize=9)
-    handles, labels = row[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(target, dpi=130)
+    _draw(target, "minutes on one core", minutes)
 
 
 def main() -> None:
