@@ -23,6 +23,7 @@ SHOWN = {
     PAPER: ("#0072B2", "-"),
     "MLP and attention": ("#009E73", "-"),
     "bridge (projection), then all layers": ("#D55E00", "-"),
+    "bridge (projection), MLP and attention": ("#000000", "-"),
     "distilled, all layers": ("#CC79A7", "-"),
     "window of 4": ("#7f7f7f", "--"),
     "after the cut": ("#7f7f7f", ":"),
@@ -39,7 +40,7 @@ def table_of_ways(record: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for drop in drops.values() for name in drop["variants"]))
     names.sort(key=lambda name: (name != PAPER, "alone" in name, name))
     best = {d: min(v["loss"] for v in drop["variants"].values()) for d, drop in drops.items()}
-    head = "| way | " + " | ".join(f"drop {float(d):g}" for d in drops) + " | trained parameters |"
+    head = "| way | " + " | ".join(f"drop {float(d):g}" for d in drops) + f" | trained at {float(next(iter(drops))):g} |"
     lines = [head, "|---" * (len(drops) + 2) + "|"]
     lines.append("| not healed | " + " | ".join(f"{drop['cut']:.4f}" for drop in drops.values()) + " | 0 |")
     for name in names:

@@ -38,6 +38,7 @@ def claims() -> str:
     english, demo = models["english-32l"], models["demo"]
     depth = {name: effective_depth(m["residual"], m["lens"]) for name, m in models.items()}
     erasing = {name: [i for i, v in enumerate(m["residual"]["cos_att"]) if v < 0] for name, m in models.items()}
+    mlp = {name: [i for i, v in enumerate(m["residual"]["cos_mlp"]) if v < 0] for name, m in models.items()}
     mean = {name: min(map(sum, zip(*(m["residual"][f"cos_{part}"] for part in ("att", "mlp", "layer")), strict=True)))
             for name, m in models.items()}  # fmt: skip
     assert min(mean.values()) > 0
@@ -48,8 +49,8 @@ def claims() -> str:
     def said(model: dict[str, Any], first: int, last: int) -> str:
         return span([100 * line[0] for line in model["tokens"]["share"][first : last + 1]])
 
-    def flips(model: dict[str, Any], first: int, last: int) -> str:
-        return span([100 * line[0] for line in model["tokens"]["flip_rate"][first : last + 1]])
+    def flips(model: dict[str, Any], first: int, last: int, groups: slice = slice(1)) -> str:
+        return span([100 * rate for line in model["tokens"]["flip_rate"][first : last + 1] for rate in line[groups]])
 
     def decided(model: dict[str, Any]) -> str:
         return f"yes: {model['tokens']['decided'][0][0]:.1f} against {model['tokens']['decided'][-1][0]:.1f}"
@@ -59,16 +60,17 @@ def claims() -> str:
     top = max(range(24), key=lambda i: demo["tokens"]["share"][i][0])
     rows = [
         ["erasing gives way to amplifying (cosine turns from below 0 to above)",
-         f"no: the mean cosine is never below 0; attention's alone is, in layers {listing(erasing['english-32l'])}",
-         f"no; attention's alone is below 0 in layers {listing(erasing['demo'])}"],
-        ["effective depth is a stable share (KL / overlap)", shares("english-32l"), shares("demo")],  # type: ignore[arg-type]
+         *(f"no: the mean of the three cosines is never below 0; attention's is in layers {listing(erasing[name])}, the MLP's in "
+           f"{listing(mlp[name]) if mlp[name] else 'none'}" for name in ("english-32l", "demo"))],
+        ["effective depth is a stable share: (layer + 1) / layers, by KL / by overlap", shares("english-32l"), shares("demo")],  # type: ignore[arg-type]
         ["the lens says the ten most frequent tokens first (arXiv 2510.18871, by a tuned lens)",
          f"no, by the logit lens: {said(english, 6, 17)} % of top-1 tokens in layers 6 to 17, "
          f"{100 * english['tokens']['share_final'][0]:.0f} % of the final ones",
          f"a little: {100 * demo['tokens']['share'][top][0]:.0f} % in layer {top}, "
          f"{100 * demo['tokens']['share_final'][0]:.0f} % in the end"],
-        ["early frequent guesses are overturned", f"{flips(english, 1, 7)} % in layers 1 to 7",
-         f"{flips(demo, 0, 5)} % in layers 0 to 5"],
+        ["early frequent guesses are overturned", *(
+            f"{flips(model, *some)} % in layers {some[0]} to {some[1]}, and of rarer ones {flips(model, *some, slice(1, None))} %"
+            for model, some in ((english, (1, 7)), (demo, (0, 5))))],
         ["frequent tokens are decided earlier (first layer with rank 1; top 10 against the rest)", decided(english), decided(demo)],
         ["multiple choice: first the options are found, then one is chosen", "",
          f"yes, sharply: all four letters are among the top 8 tokens from layer {listed} on, and the best of them by the "

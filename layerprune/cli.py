@@ -340,7 +340,8 @@ def depth(models: tuple[str, ...], probes: str | None, tasks: str | None, as_jso
     """Probe how deep models think: what each layer adds, when the prediction stands, effective depth.
 
     Leaves report.html with all figures, and JSON files with the numbers. The same command again goes on where a killed one
-    stopped, and makes only the probes that are not there yet; several models are set beside one another.
+    stopped, and makes only the probes that are not there yet; what other calls left in the folder is shown too. Several models
+    are set beside one another.
     """
     from layerprune.depths import format_depth, probe_depth
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerprune.depth_checks import check_lens, check_probes, check_tasks, check_texts, check_words
+from layerprune.depth_checks import PROBES, check_lens, check_probes, check_tasks, check_texts, check_words
 from layerprune.depth_page import write_depth_page
 from layerprune.depth_probes import run_probes
 from layerprune.depth_stored import must_be_asked_alike, stored
@@ -59,7 +59,8 @@ def probe_depth(
     train_lens: steps, to train one instead. answers: a file for `answers`, JSON lines with `prompt` and `answer`.
 
     out: the folder, by default runs/<model>-depth; it gets <label>/<probe>.json, figures/, depth.json and report.html. A killed
-    call goes on, probe by probe. Returns depth.json's content with `folder`. Raises UsageError and Refused.
+    call goes on, probe by probe; what earlier calls probed of the same models and texts stays in the summary. Returns depth.json's
+    content with `folder`. Raises UsageError and Refused.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
     chosen = check_probes(probes, tasks)
@@ -105,7 +106,9 @@ def probe_depth(
             missing = [p for p in chosen if not (folder / subject.label / f"{p}.json").exists()]
             if missing:
                 run_probes(opened, subject, missing, ask)
-            found[subject.label] = {p: stored(folder / subject.label / f"{p}.json", p) for p in chosen}
+        there = [p for p in PROBES if p in chosen or all((folder / s.label / f"{p}.json").exists() for s in subjects)]
+        for subject in subjects:
+            found[subject.label] = {p: stored(folder / subject.label / f"{p}.json", p) for p in there}
         result = _summary(subjects, found, reference)
         result["figures"] = _draw(folder, subjects, found)
         write_depth_page(folder, result, found)

@@ -348,6 +348,11 @@ def test_the_skip_map_is_written_and_drawn(run_inputs: Path, tmp_path: Path) -> 
     assert len(mean["output"]) == 8 and mean["contribution"][3][3] is None and mean["contribution"][3][4] > 0
     assert (tmp_path / "out" / "figures" / "skip.png").exists()
 
+    more = probe_depth(run_inputs / "model", probes=["residual"], out=tmp_path / "out", say=lambda line: None, **settings)
+    assert more["probes"] == ["residual", "skip"], "what an earlier call found stays in the summary"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "figures/skip" in str(more["figures"]) and page.count("<h2") >= 2
+
 
 def test_several_models_lie_side_by_side(run_inputs: Path, tmp_path: Path) -> None:
     arguments = ["depth", "--model", str(run_inputs / "model"), "--model", str(run_inputs / "model"), "--probe", "residual"]
