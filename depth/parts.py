@@ -82,22 +82,30 @@ def find_parts(decoder: Decoder, every: bool = False) -> list[Parts | None]:
 
 
 def _kind(layer: nn.Module) -> Any:
-    """What layers of the same code have in common: their modules' names and classes, and the numbers that they are set up with."""
+    """What layers of the same code have in common: their modules' names and classes, and the numbers that they are set up with.
+
+    What parts there are is looked at in every layer, and what reads what is not: layers whose code is not transformers' own may
+    differ by no more than their number, so each of them is of its own kind.
+    """
+    replaced = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")  # accelerate's hooks leave a layer what it was
+    if replaced or not type(layer).__module__.startswith("transformers."):
+        return layer
     numbers = [(key, value) for key, value in vars(layer).items() if isinstance(value, int | float | str) and "idx" not in key]
     return repr((sorted(numbers), [(name, type(module).__qualname__) for name, module in layer.named_modules()]))
 
 
 def unexplained(squares_3L: torch.Tensor, dtype: torch.dtype) -> list[int]:
-    """Layers whose parts do not sum to their update, by the squared sizes of the difference, of x^(l+1), and of the update."""
-    errors_L, ends_L, updates_L = squares_3L
-    most_L = _most(ends_L.sqrt(), updates_L.sqrt(), dtype)
+    """Layers whose parts do not sum to their update: by the sums over tokens of |difference|^2, of 1, and of |update|^2, the sizes
+    in units of each token's state (the larger of x^(l) and x^(l+1))."""
+    errors_L, tokens_L, updates_L = squares_3L
+    most_L = _most(tokens_L.sqrt(), updates_L.sqrt(), dtype)
     return [layer for layer, bad in enumerate((errors_L.sqrt() > most_L).tolist()) if bad]
 
 
-def _most(end: Any, update: Any, dtype: torch.dtype) -> Any:
+def _most(states: Any, update: Any, dtype: torch.dtype) -> Any:
     """How far rounding in `dtype` takes the sum of two parts from an update: two additions, each rounded; the scale of the stream
-    is what rounding follows."""
-    return 3 * float(torch.finfo(dtype).eps) * end + 1e-5 * update
+    is what rounding follows. All in units of each token's state: else one massive token hides what all others say."""
+    return 3 * float(torch.finfo(dtype).eps) * states + 1e-5 * update
 
 
 @contextlib.contextmanager
@@ -133,21 +141,25 @@ def _calls(layer: nn.Module, shape: torch.Size) -> Iterator[list[_Call]]:
 
 def _two_that_sum(x: torch.Tensor, y: torch.Tensor, calls: list[_Call]) -> Parts | None:
     """The two calls whose outputs sum to y - x, within the rounding of y's dtype."""
-    wide = x.double()
-    update = y.double() - wide
-    most = _most(float(y.double().norm()), float(update.norm()), y.dtype)
+    unit_BT1 = torch.maximum(x.double().norm(dim=-1, keepdim=True), y.double().norm(dim=-1, keepdim=True)).clamp(min=1e-300)
+    wide = x.double() / unit_BT1
+    update = y.double() / unit_BT1 - wide
+    most = _most(unit_BT1.numel() ** 0.5, float(update.norm()), y.dtype)
+    outputs = [call.output.double() / unit_BT1 for call in calls]
     best: tuple[float, Parts] | None = None
-    for i, j, added in _candidates(wide, update, calls, most):
+    for i, j, added in _candidates(wide, update, calls, outputs, most):
         first, second = calls[i], calls[j]
-        p = first.output.double()
-        q = second.output.double() - (wide + p if added else 0)
+        p = outputs[i]
+        q = outputs[j] - (wide + p if added else 0)
         both = p + q
         size = float((both * both).sum())
-        if size == 0 or float(p.norm()) <= most or float(q.norm()) <= most:
+        if size == 0:
             continue
         scale = 1.0 if added else float((both * update).sum()) / size
         if not added and float((update - both).norm()) <= most:
             scale = 1.0  # which the fit gives but for rounding
+        if abs(scale) * min(float(p.norm()), float(q.norm())) <= most:
+            continue  # what is lost in rounding anyway proves nothing
         error = float((update - scale * both).norm())
         if error > most or (best is not None and error >= best[0]):
             continue
@@ -156,9 +168,9 @@ def _two_that_sum(x: torch.Tensor, y: torch.Tensor, calls: list[_Call]) -> Parts
         later = [g for call in calls[i + 1 : j + 1] for g in call.given]
         near = 0.01 * apart + float(torch.finfo(y.dtype).eps) * float(middle.norm())  # it was rounded when it was read
         sequential = False
-        for g in later:
-            off = float((g.double() - middle).norm())
-            sequential = sequential or (off < near and 2 * off < float((g.double() - wide).norm()))
+        for g in (one.double() / unit_BT1 for one in later):
+            off = float((g - middle).norm())
+            sequential = sequential or (off < near and 2 * off < float((g - wide).norm()))
         # a module that returns the stream proves nothing of what came before it, unless that is seen to be read
         if sequential or not added:
             changed = any(not torch.equal(call.output, call.alive) for call in (first, second))
@@ -166,12 +178,14 @@ def _two_that_sum(x: torch.Tensor, y: torch.Tensor, calls: list[_Call]) -> Parts
     return None if best is None else best[1]
 
 
-def _candidates(wide: torch.Tensor, update: torch.Tensor, calls: list[_Call], most: float) -> list[tuple[int, int, bool]]:
+def _candidates(
+    wide: torch.Tensor, update: torch.Tensor, calls: list[_Call], outputs: list[torch.Tensor], most: float
+) -> list[tuple[int, int, bool]]:
     """Pairs (i, j, added) whose sum may be the update within `most`: told from all dot products at once, since each number
     that is asked of a GPU is waited for. Dot products lose half of the digits where vectors cancel, hence the allowance."""
     if not calls:
         return []
-    both = torch.stack([wide.flatten(), update.flatten(), *(call.output.double().flatten() for call in calls)])
+    both = torch.stack([one.flatten() for one in (wide, update, *outputs)])
     dots = (both @ both.T).tolist()
     names = [call.name for call in calls]
     found = []

@@ -80,9 +80,11 @@ def residual_probe(
             (batch,) = batches(again, sum(map(len, again)) * len(again), pad_id, padding_side)
         nonlocal sure
         found = _one_batch(decoder, batch, caught)
-        if not sure and _without(found, caught, decoder):
+        before = list(caught.parts)
+        if not sure and (bad := set(_without(found, caught, decoder))):
             # not all layers of a kind are alike: each is tried for itself
-            caught.parts = find_parts(decoder, every=True)
+            own = find_parts(decoder, every=True)
+            caught.parts = [own[i] if i in bad else parts for i, parts in enumerate(before)]
             found = _one_batch(decoder, batch, caught)
         sure = True
         total.merge(found)
@@ -158,10 +160,13 @@ def _sums(pairs: list[tuple[torch.Tensor, torch.Tensor]], mask_N1: torch.Tensor 
 
 
 def _squares(x: torch.Tensor, y: torch.Tensor, added: torch.Tensor, mask_N1: torch.Tensor | None) -> torch.Tensor:
-    """Sums over real tokens of |u - added|^2, |y|^2 and |u|^2, with u = y - x."""
+    """Sums over real tokens of |u - added|^2, 1 and |u|^2, with u = y - x, in units of the larger of |x| and |y|."""
     kind = torch.promote_types(x.dtype, torch.float32)
-    update, end = y.to(kind) - x.to(kind), y.to(kind)
-    both = [(v * v).sum(-1, keepdim=True) for v in (update - added, end, update)]
+    start, end = x.to(kind), y.to(kind)
+    update = end - start
+    error, at, to, size = ((v * v).sum(-1, keepdim=True) for v in (update - added, start, end, update))
+    unit = torch.maximum(at, to).clamp(min=1e-30)
+    both = (error / unit, torch.ones_like(unit), size / unit)
     return torch.stack([(v if mask_N1 is None else v * mask_N1).sum().float() for v in both])
 
 

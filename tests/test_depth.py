@@ -159,6 +159,47 @@ def test_a_layer_that_writes_along_or_against_the_stream_is_seen(live: Callable[
     assert found["cos_att"][2] is None and found["cos_att"][4] is not None
 
 
+def like(layer: Any, changed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a layer do something else with its output, and look in every other way like the layers around it."""
+    kind = type(layer)
+
+    def forward(self: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return changed(hidden, kind.forward(self, hidden, *args, **kwargs))
+
+    about = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    monkeypatch.setattr(layer, "__class__", type(kind.__name__, (kind,), about))
+
+
+def test_what_reads_what_is_looked_at_in_layers_of_other_code(
+    live: Callable[[str], Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: a layer whose MLP reads what its attention reads, in a stack in which all others' do not."""
+    decoder = live("Llama")
+    layer = decoder.layers[2]
+
+    def parallel(hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attention = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)[0]
+        return hidden + attention + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    monkeypatch.setitem(layer.__dict__, "forward", parallel)
+    assert [part is not None and part.parallel for part in find_parts(decoder)] == [i == 2 for i in range(len(decoder))]
+
+
+def test_a_massive_token_does_not_hide_the_others(live: Callable[[str], Decoder]) -> None:
+    """Planted: one token a thousand times as large as the others, whose rounding is as large as their updates."""
+    folder = live("Llama").model.name_or_path
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        decoder = view_decoder(load_model(Path(folder), device="cpu", dtype=dtype))
+        with torch.no_grad():
+            embeddings = decoder.model.get_input_embeddings().weight
+            embeddings[5] *= 1000
+        found[dtype] = residual_probe(decoder, [[5, 9, 11, 30, 8, 40, 5], [7, 8, 5, 9]]).result()
+        assert {(p.first, p.second) for p in find_parts(decoder, every=True) if p} == {("self_attn.o_proj", "mlp.down_proj")}
+    for value in residual.VALUES:
+        assert found["bfloat16"][value] == pytest.approx(found["float32"][value], abs=0.03), value
+
+
 def test_a_layer_that_scales_what_its_likes_do_not_is_tried_for_itself(
     live: Callable[[str], Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,12 +212,8 @@ def test_a_layer_that_scales_what_its_likes_do_not_is_tried_for_itself(
     assert len(trials) == 1, "layers of one kind are tried once"
     trials.clear()
 
-    def half(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        out = type(layer).forward(layer, hidden, *args, **kwargs)
-        return hidden + 0.5 * (out - hidden)
-
     layer = decoder.layers[len(decoder) - 1]
-    monkeypatch.setitem(layer.__dict__, "forward", half)
+    like(layer, lambda hidden, out: hidden + 0.5 * (out - hidden), monkeypatch)
     found = residual_probe(decoder, documents(decoder)).result()
     assert len(trials) == 1 + len(decoder)
     for value in residual.VALUES:
@@ -192,12 +229,8 @@ def test_parts_that_stop_summing_to_the_update_are_left_out(
     """Planted: a layer that adds something of its own to long documents only, which no trial of short ones shows."""
     decoder = live("Llama")
 
-    def more(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        out = type(layer).forward(layer, hidden, *args, **kwargs)
-        return out + 0.1 * torch.sin(hidden) if hidden.shape[1] > 12 else out
-
     layer = decoder.layers[1]
-    monkeypatch.setitem(layer.__dict__, "forward", more)
+    like(layer, lambda hidden, out: out + 0.1 * torch.sin(hidden) if hidden.shape[1] > 12 else out, monkeypatch)
     found = residual_probe(decoder, documents(decoder, (6, 20)), max_tokens=20).result()
     assert found["cos_att"][1] is found["rc_mlp"][1] is None and found["rc_layer"][1] is not None
     assert found["cos_att"][0] is not None and found["cos_att"][2] is not None
