@@ -110,7 +110,7 @@ def plan_on_cpu(
             f"beside the model: {smaller}, or make room"
         )
     raise Refused(
-        f"{_too_little(ram, held, processes)}, a step {least / GIB:.2f} GiB more: give at least "
+        f"{_too_little(ram, held, processes)}, a step {_up(least).removesuffix('GiB')} GiB more: give at least "
         f"{_up(processes * (held + least))}, or {smaller}"
     )
 
@@ -124,7 +124,8 @@ def refuse_ram(ram: int | None, numbers: int, processes: int = 1) -> None:
 
 def _too_little(ram: int, held: int, processes: int) -> str:
     shared = f", shared by {processes} processes," if processes > 1 else ""
-    return f"healing does not fit in --ram {ram / GIB:.2f}GiB{shared}: the process and the model take {held / GIB:.2f} GiB"
+    given = math.floor(100 * ram / GIB) / 100  # what is needed is rounded up
+    return f"healing does not fit in --ram {given:.2f}GiB{shared}: the process and the model take {held / GIB:.2f} GiB"
 
 
 def _up(size: int) -> str:

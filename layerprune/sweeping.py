@@ -402,7 +402,8 @@ def heal_depth(stages: Stages, folder: Path, strategy: str, n: int, ranking: Map
         (place / "eval.json").unlink(missing_ok=True)
         shutil.rmtree(place / "adapter", ignore_errors=True)  # of a healed checkpoint that was removed
         stages.heal(pruned, healed, place / "adapter", place / ".work")
-    shutil.rmtree(pruned, ignore_errors=True)
+    for over in (pruned, place / ".work"):  # a kill may have left them beside the result
+        shutil.rmtree(over, ignore_errors=True)
     if depth_measured(stages, folder, strategy, n) is None:
         stages.say(f"evaluating the healed cut of n = {n} ({strategy})")
         write_json(place / "eval.json", {"asked": tasks, **stages.measure(healed)})

@@ -122,7 +122,9 @@ def certain_bytes(config: Any, tensors: Mapping[str, StoredTensor], dtype: str, 
     itself. Raises Refused where no stack of layers is found.
     """
     sizes = _sizes(dtype, kept)
-    stated = getattr(getattr(config, "dtype", None), "itemsize", None)
+    # what says no dtype is loaded in that of its first weight, whichever that is
+    floats = [DTYPE_BITS[t.dtype] // 8 for t in tensors.values() if t.dtype in ("F16", "BF16", "F32", "F64")]
+    stated = getattr(getattr(config, "dtype", None), "itemsize", None) or min(floats, default=None)
 
     def size(name: str, tensor: StoredTensor) -> float:
         stored = sizes(name, tensor)

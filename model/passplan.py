@@ -116,7 +116,15 @@ def plan_passes(
         option, given, spare = "--ram", ram, host
         if memory is not None and (here < 0 or host >= 0 and (cramped or largest > room and here > host)):
             option, given, spare = "--memory", memory, here
-        least = given - spare + (largest if not short or memory is None else 0)
+        # beside what is fixed: what never leaves, and the states for which there is no other place
+        most_states = largest - scratch
+        if memory is None:
+            wanted = max(max(stays, default=0), most_states)
+        elif option == "--memory":
+            wanted = max(max(stays, default=0), most_states + odd - max(0, host))
+        else:
+            wanted = max(0, most_states + odd - max(0, here))
+        least = given - spare + wanted
         raise Refused(
             f"{option} {given / 2**30:.2f}GiB is too little for this model layer by layer: use at least "
             f"{math.ceil(least / 2**30 * 100) / 100:.2f}GiB, fewer depths or a smaller --length"

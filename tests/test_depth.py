@@ -197,7 +197,7 @@ def test_a_massive_token_does_not_hide_the_others(live: Callable[[str], Decoder]
         found[dtype] = residual_probe(decoder, [[5, 9, 11, 30, 8, 40, 5], [7, 8, 5, 9]]).result()
         assert {(p.first, p.second) for p in find_parts(decoder, every=True) if p} == {("self_attn.o_proj", "mlp.down_proj")}
     for value in residual.VALUES:
-        assert found["bfloat16"][value] == pytest.approx(found["float32"][value], abs=0.03), value
+        assert found["bfloat16"][value] == pytest.approx(found["float32"][value], abs=0.1), value
 
 
 def test_a_layer_that_scales_what_its_likes_do_not_is_tried_for_itself(

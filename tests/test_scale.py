@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,10 @@ from scripts import load_script
 from layerprune.check import check_recipe_file, format_check
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.estimate import DEVICES
-from layerprune.model.passplan import PROCESS_BYTES
+from layerprune.model.passplan import PROCESS_BYTES, Sizes, plan_passes
 from layerprune.model.recipes import Shape, load_recipe
 from layerprune.model.streamplan import last_branches, plan_streaming, rank_branches, sizes_of_shape
+from layerprune.model.tree import CutTree
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -112,3 +115,37 @@ def test_check_names_every_step_that_does_not_fit() -> None:
     assert small["too_large"] == ["healing"] and check_recipe_file("llama-2-7b", drop=0.4, memory="5GB")["too_large"] == []
     on_cpu = check_recipe_file("llama-2-70b", device="cpu")
     assert "more than 16 GB, which --ram would change" in on_cpu["healing_verdict"] and "fsdp" not in on_cpu["healing_verdict"]
+
+
+def test_the_memory_that_a_refusal_asks_for_is_enough_and_hardly_more() -> None:
+    some = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        layers = some.randint(2, 9)
+        layer = some.randint(1 << 20, 1 << 32)
+        sizes = Sizes(
+            some.randint(0, 1 << 33), (layer,) * layers, (layer,) * layers, layer, some.choice([64, 4096]), 2,
+            some.choice([0, 600]), some.choice([0, 2]),
+        )  # fmt: skip
+        tree = CutTree(some.choice([rank_branches, last_branches])(layers), layers)
+        shapes = [(some.randint(1, 8), some.randint(1, 4096)) for _ in range(some.randint(1, 4))]
+        given = {"working": some.randint(0, 1 << 31), "scratch": some.choice([0, 1 << 40])}
+        memory, ram = some.choice([None, some.randint(1, 1 << 35)]), some.randint(1, 1 << 35)
+        for _ in range(3):  # first the one, then the other
+            try:
+                plan_passes(sizes, tree, shapes, memory=memory, ram=ram, **given)
+                break
+            except Refused as refusal:
+                refused += 1
+                option, least = re.search(r"(--\w+) .* at least ([\d.]+)GiB", str(refusal)).groups()  # type: ignore[union-attr]
+                enough = math.ceil(float(least) * (1 << 30))
+                with pytest.raises(Refused):  # 0.02 GiB less is not
+                    less = max(0, enough - (1 << 30) // 50)
+                    plan_passes(
+                        sizes, tree, shapes, memory=less if option == "--memory" else memory,
+                        ram=less if option == "--ram" else ram, **given,
+                    )  # fmt: skip
+                memory, ram = (enough, ram) if option == "--memory" else (memory, enough)
+        else:
+            pytest.fail(f"{memory} and {ram} were to be enough")
+    assert refused > 100
