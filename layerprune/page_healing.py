@@ -127,6 +127,8 @@ def _heal_settings(one: Row) -> dict[str, tuple[str, str]]:
         told["bridge"] = (f"{bridge['form']}, fitted on {bridge['tokens']:,} tokens", "bridge")
         errors = (_from_to([b["error"]["cut"], b["error"]["bridged"]]) for b in bridge["bridges"])
         told["bridge: squared error"] = ("; ".join(errors), "")
+    if bridge.get("loss"):
+        told["bridge: held-out loss"] = (_from_to([bridge["loss"]["cut"], bridge["loss"]["bridged"]], 4), "")
     return {key: (str(text), origin.get(source, "")) for key, (text, source) in told.items() if text is not None}
 
 
