@@ -11,10 +11,11 @@ linear map in place of a block is that of ReplaceMe (arXiv 2505.02819). Nothing 
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import sys
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from layerprune.heal.merge import DTYPES, Stored, locate
 from layerprune.heal.settings import BRIDGES
 from layerprune.heal.teacher import find_teacher, prove_pair
 from layerprune.model.config import load_config, pick_length, vocab_size
-from layerprune.model.data import check_data, data_fingerprint, document_hash, read_documents, tokenise
+from layerprune.model.data import batches, check_data, data_fingerprint, document_hash, read_documents, tokenise
 from layerprune.model.decoder import view_decoder
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.feed import read_tensor
 from layerprune.model.files import must_have_room, must_not_exist, new_folder, read_json, write_json, write_text
 from layerprune.model.load import load_model, load_tokenizer, pick_device
+from layerprune.model.loss import total_loss
 from layerprune.model.progress import progress_bar
 from layerprune.model.source import ModelSource, find_model
 from layerprune.model.tensors import StoredTensor, read_checkpoint
@@ -41,6 +43,8 @@ from layerprune.model.write import Replace, write_checkpoint
 
 Say = Callable[[str], None]
 FORMS = BRIDGES
+_LOSS_TOKENS = 2048
+"""Tokens a batch where the loss is measured: the logits of a large vocabulary stay within about 1 GB."""
 
 
 def bridge_checkpoint(
@@ -58,6 +62,7 @@ def bridge_checkpoint(
     progress: bool = False,
     report: Say | None = None,
     exclude: Set[bytes] = frozenset(),
+    validation: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write a cut checkpoint with a linear bridge over each cut, fitted without training, to the folder `out`.
 
@@ -65,14 +70,16 @@ def bridge_checkpoint(
     default the one that its layerprune.json names. data: `c4` or a file; `samples` documents of it count, each up to
     `length` tokens (None: 2048 or the model's context), a tenth of them only to choose the ridge strength. form: `map`
     (a D x D map of what the MLP adds) or `projection` (the projection's weight itself; more freedom, for which it
-    needs more tokens). report: gets what is done, by default on stderr.
+    needs more tokens). report: gets what is done, by default on stderr. exclude: the `document_hash` of documents that are not
+    fitted on. validation: documents, excluded too, on which the losses of the cut and of the bridged checkpoint are measured.
 
     The uncut model is loaded and run, without its layers after the last cut. Only one weight a cut changes (and its bias,
     with `map`); every other tensor is the cut's, byte for byte, and the architecture is. Where no bridge is better on
     the held-out documents, the weight stays. Memory: the uncut model, and four float64 matrices of the square of
     the projection's width, output (`map`) or input (`projection`).
     Returns what `out`/layerprune.json holds under "bridge": `bridges` has for each cut the `error` on the held-out
-    documents, sum |x - x^(b)|^2 / sum |x^(b)|^2, of the cut as it was ("cut") and bridged ("bridged").
+    documents, sum |x - x^(b)|^2 / sum |x^(b)|^2, of the cut as it was ("cut") and bridged ("bridged"). `loss`, where
+    there is validation: the normalised losses "cut" and "bridged", and the number of "documents".
     Raises UsageError and Refused; nothing is left at `out` then.
     """
     say = report or (lambda line: print(line, file=sys.stderr, flush=True))
@@ -132,7 +139,22 @@ def bridge_checkpoint(
     }
     for line in format_bridges(record):
         say(line)
-    _write(source, stored, out, replace, record, trust_remote_code, progress)
+    del live, decoder
+    gc.collect()  # the uncut model would lie beside those that are measured
+
+    held_out = tokenise(tokenizer, validation, length, vocab=vocab_size(config)) if validation else []
+    held_out = [ids for ids in held_out if len(ids) > 1]
+
+    def measure(folder: Path) -> float:
+        model = load_model(folder, device=device, trust_remote_code=trust_remote_code, progress=progress)
+        with progress_bar(len(held_out), "held-out", "doc", progress) as bar:
+            return total_loss(view_decoder(model), batches(held_out, _LOSS_TOKENS), bar.update).normalised(vocab_size(config))
+
+    if held_out:
+        record["loss"] = {"cut": measure(source.folder), "bridged": None, "documents": len(held_out)}
+    _write(source, stored, out, replace, record, trust_remote_code, progress, measure)
+    if held_out:
+        say(_loss_line(record["loss"]))
     return record
 
 
@@ -200,12 +222,17 @@ def format_bridges(record: Mapping[str, Any]) -> list[str]:
             f"{record['held_out']} held-out documents {bridge['error']['cut']:.4f} -> {bridge['error']['bridged']:.4f} of the "
             "states' energy"
         )
-    return lines
+    return [*lines, _loss_line(record["loss"])] if record.get("loss") else lines
+
+
+def _loss_line(loss: Mapping[str, Any]) -> str:
+    told = f"held-out loss {loss['cut']:.4f} -> {loss['bridged']:.4f} (normalised, {loss['documents']} documents)"
+    return told + (": worse than the cut without the bridge" if loss["bridged"] > loss["cut"] else "")
 
 
 def _write(
     source: ModelSource, stored: Mapping[str, StoredTensor], out: Path, replace: Replace, record: dict[str, Any],
-    trust: bool, progress: bool,
+    trust: bool, progress: bool, measure: Callable[[Path], float],
 ) -> None:  # fmt: skip
     started = time.perf_counter()
     with new_folder(out) as folder:
@@ -214,6 +241,8 @@ def _write(
             write_checkpoint(stored, folder, replace, bar.update)
         meta_decoder(folder, trust)
         record["seconds"]["write"] = round(time.perf_counter() - started, 1)
+        if "loss" in record:
+            record["loss"]["bridged"] = measure(folder)
         write_json(folder / "layerprune.json", {**read_json(source.folder / "layerprune.json"), "bridge": record})
         card = source.folder / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {out.name}\n"
@@ -229,4 +258,13 @@ A linear map over each cut is folded into {tensors}: fitted by least squares, wi
 {record["tokens"]:,} tokens of {record["documents"]:,} documents (form `{record["form"]}`; the idea is that of
 [arXiv 2505.02819](https://arxiv.org/abs/2505.02819)). Only that differs from the cut described above; `layerprune.json` has
 the errors with and without it under `bridge`.
-"""
+{_loss_sentence(record.get("loss"))}"""
+
+
+def _loss_sentence(loss: Mapping[str, Any] | None) -> str:
+    if loss is None:
+        return ""
+    return (
+        f"Normalised loss on {loss['documents']} documents that it was not fitted on: {loss['cut']:.4f} without it, "
+        f"{loss['bridged']:.4f} with it.\n"
+    )

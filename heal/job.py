@@ -51,7 +51,7 @@ class Job:
     def bridge_only(self) -> dict[str, Any]:
         """The bridged checkpoint as the result, without any training."""
         # what it gives is the result, which is told at the end
-        return first_alone(lambda: self._bridge(self.out, lambda line: None), self.device)
+        return first_alone(lambda: self._bridge(self.out, lambda line: None, measured=_MEASURED), self.device)
 
     def bridged(self) -> Job:
         """This job on the bridged checkpoint, which is made first; itself where no bridge is asked for."""
@@ -67,15 +67,18 @@ class Job:
         source = replace(self.source, folder=folder)
         return replace(self, source=source, stored=read_checkpoint(folder), teacher=None)
 
-    def _bridge(self, out: Path, report: Say) -> dict[str, Any]:
+    def _bridge(self, out: Path, report: Say, measured: int = 0) -> dict[str, Any]:
+        """measured: of the validation documents, those that the loss before and after is measured on."""
         from layerprune.heal.bridge import bridge_checkpoint
 
         assert self.settings.bridge is not None and self.teacher is not None
         self.say("solving for the bridge over the cut")
+        held = self._held_out()
         return dict(bridge_checkpoint(
             self.source.folder, out, teacher=self.teacher.source.folder, data=self.settings.data, length=self.settings.length,
             form=self.settings.bridge, seed=self.settings.seed, device=self.device, trust_remote_code=self.trust,
-            progress=self.progress, report=report, exclude=frozenset(map(document_hash, self._held_out())),
+            progress=self.progress, report=report, exclude=frozenset(map(document_hash, held)),
+            validation=held[:measured],
         ))  # fmt: skip
 
     def train(self) -> None:

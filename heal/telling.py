@@ -27,8 +27,9 @@ def origin_lines(settings: Healing) -> str:
     shown = {**settings.record(), "lora_alpha": settings.lora_rank, "targets": ", ".join(settings.targets) or "the MLP's"}
     by: dict[str, list[str]] = {}
     for key, value in shown.items():
-        if value is not None and value != 0.0:
-            by.setdefault(settings.origin.get(key, settings.origin["lora_rank"]), []).append(f"{key} {value}")
+        who = settings.origin.get(key, settings.origin["lora_rank"])
+        if value is not None and (value != 0.0 or who == "user"):
+            by.setdefault(who, []).append(f"{key} {value}")
     return "\n".join(f"  {who}: {', '.join(by[who])}" for who in ("user", "paper", "ours") if who in by)
 
 

@@ -160,7 +160,12 @@ def heal_checkpoint(
         device in (None, "auto") and world_size() == 1, budget, host, tuple(report_to), trust_remote_code, say, progress,
     )  # fmt: skip
     if settings.steps == 0:
+        from layerprune.heal.bridge import format_bridges
+
         bridged = job.bridge_only()
+        if copy is not None:  # it takes its time, and may be refused
+            for line in format_bridges(bridged):
+                say(line)
         _copy_4bit(out, copy, chosen, trust_remote_code, say, progress)
         return bridged
     with work_folder(work, identity_of(source, settings, chosen, pair), out, chosen) as resumed:

@@ -11,10 +11,13 @@ from layerprune.model.cuts import Kept
 from layerprune.model.errors import Refused, UsageError
 from layerprune.model.estimate import DEVICES, estimate, shape_of_checkpoint
 from layerprune.model.memory import byte_count
+from layerprune.model.passplan import PROCESS_BYTES
 from layerprune.model.recipes import EvalSettings, RankSettings, Recipe, load_recipe, read_recipe, recipe_names
 
 DISK_RATE = 3e9
 """Bytes a second that a checkpoint is read with in the estimates: an ordinary NVMe disk."""
+_STEPS = {"rank": "ranking", "heal": "healing", "loss": "the loss"}
+"""Steps that may not fit in the memory, even layer by layer, as `too_large` names them."""
 
 
 def check_recipe_file(
@@ -28,8 +31,9 @@ def check_recipe_file(
 
     drop: the fraction of layers to drop. device: `h100` or `cpu`, whose rate gives the hours. memory, ram: of the GPU and of
     the host, bytes or text such as `24GiB` (80 GB and 64 GB; on the CPU 16 GB of the host's): a model that does not fit is
-    ranked and measured layer by layer, and `streamed` holds the plans for that. `too_large` names the steps that do not fit even
-    so, and `healing_verdict` says what would do where healing is one of them (else it is empty).
+    ranked and measured layer by layer, and `streamed` holds the plans for that. `limit`: of the GPU's memory, or on the
+    CPU of the host's. `too_large` names the steps that do not fit even so, and `healing_verdict` says what would do where healing
+    is one of them (else it is empty).
     Returns what `format_check` prints; sizes in bytes. Raises Refused with every fault of the recipe,
     UsageError for a name that is no recipe and for a fraction that drops no or all layers.
     """
@@ -40,7 +44,7 @@ def check_recipe_file(
     if device == "cpu" and gpu is not None:
         raise UsageError("--memory is the GPU's: use --ram for the host's memory, or --device h100")
     found = estimate(recipe, drop, DEVICES[device], stored_bytes)
-    limits = _limits(device, gpu, host)
+    limits = _limits(device, gpu, host, ram if device == "cpu" else memory)
     lines, too_large = _streamed(recipe, device, stored_bytes, limits)
     healing = _healing_verdict(next(step.memory for step in found.steps if step.name == "heal"), device, limits)
     return {
@@ -52,8 +56,9 @@ def check_recipe_file(
         "drop": drop,
         "device": DEVICES[device].name,
         "heal": {"length": recipe.heal.length or 2048, "batch_size": recipe.heal.batch_size},
+        "limit": limits.healing,
         "streamed": lines,
-        "too_large": too_large + (["healing"] if healing else []),
+        "too_large": too_large + ([_STEPS["heal"]] if healing else []),
         "healing_verdict": healing,
         **asdict(found),
     }
@@ -69,19 +74,28 @@ class _Limits:
 
     @property
     def healing(self) -> int:
+        """Of the GPU where there is one: what healing, and a model that is loaded whole, must fit in."""
         return self.ram if self.memory is None else self.memory
 
 
-def _limits(device: str, gpu: int | None, host: int | None) -> _Limits:
+def _limits(device: str, gpu: int | None, host: int | None, asked: str | int | None) -> _Limits:
+    """asked: what the user gave for the one that healing must fit in."""
     memory = None if device == "cpu" else gpu or 80_000_000_000
     ram = host or (16_000_000_000 if device == "cpu" else 64_000_000_000)
     option, given = ("--ram", host) if memory is None else ("--memory", gpu)
-    told = f"the {size(given)} of {option}" if given else f"{size(memory or ram)}, which {option} would change"
+    told = f"the {_with_unit(given, asked)} of {option}" if given else f"{size(memory or ram)}, which {option} would change"
     return _Limits(memory, ram, told)
 
 
 def _healing_verdict(need: float, device: str, limits: _Limits) -> str:
     """What would do where healing does not fit; empty where it does."""
+    if limits.memory is None:
+        need += PROCESS_BYTES
+    elif limits.ram < PROCESS_BYTES:
+        return (
+            f"Healing does not fit: Python, torch and transformers alone take {size(PROCESS_BYTES)} of the host's memory, more than "
+            f"the {size(limits.ram)} of --ram."
+        )
     if need <= limits.healing:
         return ""
     least = f"{math.ceil(need / 1e8) / 10:.1f}GB"
@@ -118,7 +132,7 @@ def _streamed(recipe: Recipe, device: str, stored: float, limits: _Limits) -> tu
             )
         except Refused as refusal:
             lines.append(f"{name}: {refusal}")
-            too_large.append({"rank": "ranking"}.get(name, "the loss"))
+            too_large.append(_STEPS[name.partition(",")[0]])
     return lines, too_large
 
 
@@ -163,7 +177,7 @@ def format_check(checked: dict[str, Any]) -> str:
         lines.append(
             f"{step['name']:<12}{step['documents']:>11,}{_count(step['tokens']):>11}{step['steps']:>9,}"
             f"{_round(step['flops'] / 1e15):>11}{_round(step['hours']):>9}{size(step['memory']):>11}"
-            + ("  does not fit" if step["name"] == "heal" and checked["healing_verdict"] else "")
+            + ("  does not fit" if _STEPS.get(step["name"]) in misfits and step["memory"] > checked["limit"] else "")
         )
     if checked["healing_verdict"]:
         lines += ["", checked["healing_verdict"]]
@@ -188,6 +202,12 @@ def size(amount: float) -> str:
         if amount >= factor:
             return f"{_round(amount / factor)} {unit}"
     return f"{amount / 1e3:.0f} kB"
+
+
+def _with_unit(amount: int, asked: str | int | None) -> str:
+    """Bytes for people, and in brackets as the user gave them where that reads otherwise: `26 GB (24GiB)`."""
+    told, text = size(amount), "".join(str(asked).split())
+    return told if not isinstance(asked, str) or text.upper() == told.replace(" ", "") else f"{told} ({text})"
 
 
 def _joined(names: list[str]) -> str:

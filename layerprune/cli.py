@@ -22,6 +22,7 @@ from layerprune.cli_options import (
     TASKS,
     TRUST,
     VERBOSE,
+    Resumed,
     out_folder,
     show,
     split,
@@ -52,9 +53,10 @@ class _Group(click.Group):
             if "RANK" not in os.environ or not _said_elsewhere(error):
                 click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except Stopped as stop:
-            click.echo(f"Stopped: {stop}", err=True)
-            ctx.exit(stop.exit_code)
+        except KeyboardInterrupt as stop:
+            if os.environ.get("RANK", "0") == "0":
+                click.echo(f"Stopped: {stop}" if isinstance(stop, Stopped) else "Stopped", err=True)
+            ctx.exit(Stopped.exit_code)
 
 
 def _said_elsewhere(error: Exception) -> bool:
@@ -110,7 +112,7 @@ _verify = click.option(
 )  # fmt: skip
 
 
-@main.command(short_help="Everything, in one run folder.")
+@main.command(cls=Resumed, short_help="Everything, in one run folder.")
 @with_options(MODEL)
 @click.option("--drop", type=float, required=True, metavar="F", help="Fraction of layers to drop; F times L, rounded half up.")
 @with_options(_strategy, TASKS, _shots, LIMIT, TASK_FOLDER, _calibration, _heal_data, EVAL_DATA)
@@ -140,7 +142,7 @@ def _fraction(text: str, option: str = "--curve") -> float:
         raise click.BadParameter(f"{text!r} is not a number", param_hint=option) from None
 
 
-@main.command(short_help="The whole curve, and where it collapses.")
+@main.command(cls=Resumed, short_help="The whole curve, and where it collapses.")
 @with_options(MODEL)
 @click.option("--strategy", default="angular,last", show_default=True, metavar="S,S", help="Which blocks: angular, last or both.")
 @click.option("--drops", metavar="F:F,F", help="Fractions or ranges of them, such as 0:0.5  [every depth].")
@@ -172,7 +174,7 @@ def sweep(strategy: str, tasks: str | None, heal: str | None, as_json: bool, **o
     show(result, as_json, lambda: format_sweep(result))
 
 
-@main.command(short_help="The deepest cut that keeps the accuracy.")
+@main.command(cls=Resumed, short_help="The deepest cut that keeps the accuracy.")
 @with_options(MODEL, _keep, _strategy, TASKS, _shots, LIMIT, TASK_FOLDER, _calibration, _heal_data, EVAL_DATA)
 @with_options(_heal_steps, _heal_tokens, _heal_with)
 @with_options(_samples, _length, SEED, DTYPE, DEVICE, _batch, TRUST, _memory, _ram)
@@ -236,7 +238,7 @@ def prune(out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None
     show(result, as_json, lambda: format_cut(result, str(folder), plan=dry_run))
 
 
-@main.command(short_help="Train a cut checkpoint back with QLoRA.")
+@main.command(cls=Resumed, short_help="Train a cut checkpoint back with QLoRA.")
 @click.option("--model", required=True, metavar="DIR", help="The cut checkpoint (any recipe name, Hub id or folder).")
 @with_options(_heal_data)
 @click.option("--heal-steps", "steps", type=int, metavar="N", help="Optimizer steps  [5000, or the recipe's].")
@@ -318,7 +320,7 @@ def _probe_lines() -> str:
     return "\n".join(lines)
 
 
-@main.command(short_help="How deep models think: probes, lens.", epilog=_probe_lines())
+@main.command(cls=Resumed, short_help="How deep models think: probes, lens.", epilog=_probe_lines())
 @click.option("--model", "models", required=True, multiple=True, metavar="M", help="Recipe name, Hub id or folder; repeatable.")
 @click.option(
     "--probe", "probes", metavar="A,B",

@@ -13,6 +13,22 @@ import click
 Command = Callable[..., Any]
 
 
+class Resumed(click.Command):
+    """A command whose folder lets the same command go on: it says so when Ctrl-C stops it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from layerprune.model.errors import Stopped
+
+        try:
+            return super().invoke(ctx)
+        except Stopped:  # knows better where it goes on
+            raise
+        except KeyboardInterrupt:
+            if ctx.params.get("steps") == 0:  # a bridge without training has no folder but the result's
+                raise
+            raise Stopped("the same command goes on with what is done") from None
+
+
 def with_options(*options: Command) -> Command:
     def add(command: Command) -> Command:
         for option in reversed(options):

@@ -17,6 +17,7 @@ from layerprune.cli_options import (
     TASKS,
     TRUST,
     VERBOSE,
+    Resumed,
     out_folder,
     show,
     split,
@@ -46,7 +47,7 @@ def route() -> None:
     """
 
 
-@route.command(short_help="Find a short path for each prompt.")
+@route.command(cls=Resumed, short_help="Find a short path for each prompt.")
 @with_options(MODEL, TASKS, _ITEMS, TASK_FOLDER, LIMIT, _split_option("train"))
 @click.option("--simulations", type=int, default=50, show_default=True, metavar="N", help="Paths tried for an item, at most.")
 @click.option("--length-penalty", type=float, default=3.0, show_default=True, metavar="X", help="How strongly short paths draw.")
@@ -74,7 +75,7 @@ def search(tasks: str | None, stop_shorter: int, no_stop: bool, as_json: bool, *
     show(result, as_json, lambda: format_search(result))
 
 
-@route.command(short_help="Train routers on the paths found.")
+@route.command(cls=Resumed, short_help="Train routers on the paths found.")
 @click.option("--search", required=True, metavar="DIR", help="The folder of a finished `route search`.")
 @click.option("--epochs", type=int, default=25, show_default=True, metavar="N", help="Times that every item is seen.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True, metavar="R", help="Peak learning rate.")
@@ -96,7 +97,7 @@ def train(as_json: bool, **options: Any) -> None:
     show(result, as_json, lambda: format_training(result))
 
 
-@route.command("eval", short_help="Routed models beside static cuts.")
+@route.command("eval", cls=Resumed, short_help="Routed models beside static cuts.")
 @with_options(MODEL, _ROUTERS, TASKS, _ITEMS, TASK_FOLDER, LIMIT, _split_option("test"))
 @click.option(
     "--dial", "dials", multiple=True, metavar="D",

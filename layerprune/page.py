@@ -63,7 +63,7 @@ def _facts(folder: Path) -> Facts:
     verdict["points"] += own_cut(evaluation)
     panels = [depth_panel(layers, own, task, collapse) for task in tasks] + [depth_panel(layers, own, None, collapse)]
     panels = [panel for panel in panels if panel["lines"]]
-    healing = healing_of(healings(folder, curve))
+    healing = healing_of(healings(folder, curve), manifest)
     heat = heat_map(rank) if rank.get("distance") else None
     given = manifest.get("given", {})
     return {

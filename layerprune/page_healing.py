@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from layerprune.curve import held_out_losses, trained_losses
@@ -19,8 +20,11 @@ _ADAPTERS = {"all": "all layers", "after": "the layers after the cut"}
 _BASES = {"weights": "the checkpoint's own weights", "nf4": "the weights as NF4 holds them"}
 
 
-def healing_of(found: Sequence[Row]) -> Facts | None:
-    """The healings of a folder: pictures, a row each, and what they share; None without any. Older records know less."""
+def healing_of(found: Sequence[Row], manifest: Mapping[str, Any]) -> Facts | None:
+    """The healings of a folder: pictures, a row each, and what they share; None without any. Older records know less.
+
+    manifest: of the folder, which names the documents that the losses of the curve are measured on.
+    """
     if not found:
         return None
     share = shares([one["n"] for one in found])
@@ -38,11 +42,43 @@ def healing_of(found: Sequence[Row]) -> Facts | None:
     return {
         "panels": panels,
         "legend": [one for one in made if panels and trained_losses(one)],
-        "known": {key: any(number(one[key]) is not None for one in made) for key in ("whole", "cut")},
+        "known": {key: any(number(one[key]) is not None for one in made) for key in ("whole", "cut", "healed")},
+        "caption": _caption([one for one in made if held_out_losses(one)], manifest),
         "held": any(map(held_out_losses, made)),
         "table": [_healing_row(one) for one in made],
         "facts": [(title, part) for title, part in facts if part],
     }
+
+
+def _caption(made: Sequence[Row], manifest: Mapping[str, Any]) -> str:
+    """Which documents and which weights each number of the held-out picture is of."""
+    evaluated, given = manifest.get("inputs", {}).get("loss") or {}, manifest.get("given", {}).get("eval_data")
+    names = [_held_out_name(one["healing"]) for one in made]
+    counts = [one["healing"].get("validation") or {} for one in made]
+    measured = {one.get("measured") for one in counts}
+    some = f"{measured.pop():,}" if len(measured) == 1 and None not in measured else "some"
+    held = {one.get("documents") for one in counts}
+    many = f" {held.pop():,}" if len(held) == 1 and None not in held else ""
+    on = "the documents that losses are measured on"
+    if given:
+        every = f"up to {evaluated['samples']:,} documents" if evaluated.get("samples") else "the documents"
+        on = f"{every} of {Path(given).name}"
+    told = (
+        f"The points are the loss while training: {some} of the{many} held-out documents of {' and '.join(dict.fromkeys(names))}, "
+        "with the weights in NF4 and the adapter beside them. The horizontal lines are the loss of the checkpoints as written: "
+        f"{on}. So a line of points need not begin at its cut's line, nor end at its healed checkpoint's: what healing gave back "
+        "is between the horizontal lines."
+    )
+    if given and any(name not in ("unknown data", Path(given).name) for name in names):
+        told += " The held-out documents of training are not those of the horizontal lines: only points compare with points."
+    return told
+
+
+def _held_out_name(healing: Mapping[str, Any]) -> str:
+    settings = healing.get("settings") or {}
+    if "validation" not in settings:
+        return "unknown data"
+    return str(settings["validation"] or ("c4" if settings.get("data") == "c4" else "the training data"))
 
 
 def _healing_row(one: Row) -> Facts:
@@ -91,6 +127,8 @@ def _heal_settings(one: Row) -> dict[str, tuple[str, str]]:
         told["bridge"] = (f"{bridge['form']}, fitted on {bridge['tokens']:,} tokens", "bridge")
         errors = (_from_to([b["error"]["cut"], b["error"]["bridged"]]) for b in bridge["bridges"])
         told["bridge: squared error"] = ("; ".join(errors), "")
+    if bridge.get("loss"):
+        told["bridge: held-out loss"] = (_from_to([bridge["loss"]["cut"], bridge["loss"]["bridged"]], 4), "")
     return {key: (str(text), origin.get(source, "")) for key, (text, source) in told.items() if text is not None}
 
 

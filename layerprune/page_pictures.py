@@ -87,10 +87,10 @@ def depth_panel(layers: int, own: Mapping[str, Sequence[Row]], task: str | None,
 
 
 def healing_panel(found: Sequence[Facts], held_out: bool) -> Facts:
-    """One picture against the tokens trained: the training loss, or the held-out loss with those of the cut and the whole model."""
+    """One picture against the tokens trained: the training loss, or the held-out loss with those of the written checkpoints."""
     points = [(held_out_losses if held_out else trained_losses)(one) for one in found]
     drawn = [(one, own) for one, own in zip(found, points, strict=True) if own]
-    known = {key: [number(one[key]) if held_out else None for one, _ in drawn] for key in ("whole", "cut")}
+    known = {key: [number(one[key]) if held_out else None for one, _ in drawn] for key in ("whole", "cut", "healed")}
     whole = next((v for v in known["whole"] if v is not None), None)
     seen = [v for _, own in drawn for _, v in own] + [v for values in known.values() for v in values if v is not None]
     top = max(LOSS_TOP, 1.2 * (whole or 0)) if held_out else math.inf
@@ -107,25 +107,28 @@ def healing_panel(found: Sequence[Facts], held_out: bool) -> Facts:
 
     ends = spread_apart([-y(own[-1][1]) for _, own in drawn], 13)
     lines = []
-    for (one, own), before, end in zip(drawn, known["cut"], ends, strict=True):
+    for (one, own), before, after, end in zip(drawn, known["cut"], known["healed"], ends, strict=True):
         place = [(x(t), y(v)) for t, v in own]
         lines.append(
             {
                 "style": one["style"], "colour": one["colour"], "line": _path(place),
                 "dots": "".join(f"M{_n(a)} {_n(b)}h0" for a, b in place) if held_out else "",
                 "before": None if before is None or before > high else y(before),
+                "after": None if after is None or after > high else y(after),
                 "end": (place[-1][0] + 8, round(4 - end, 1), one["n"]) if room else None,
             }
         )  # fmt: skip
     steps = sorted({t for _, own in drawn for t, _ in own})
-    far = [(one["n"], v) for (one, _), v in zip(drawn, known["cut"], strict=True) if v is not None and v > high]
-    above = [f"{v:.2f} with n\u00a0=\u00a0{n}" for n, v in far]
+    above = []
+    for key, name in (("cut", "the cut"), ("healed", "the healed checkpoint")):
+        far = [(one["n"], v) for (one, _), v in zip(drawn, known[key], strict=True) if v is not None and v > high]
+        above += [f"{name}, " + " and ".join(f"{v:.2f} with n\u00a0=\u00a0{n}" for n, v in far)] * bool(far)
     title, sub = ("held-out loss", "while training, nats a token / ln V") if held_out else ("training loss", "nats a token")
     if not held_out and any((one["healing"].get("settings") or {}).get("distil") for one, _ in drawn):
         sub += ", the distillation's part included"
     return {
         "title": title,
-        "sub": sub + (f"; above the picture: the cut, {' and '.join(above)}" if above else ""),
+        "sub": sub + (f"; above the picture: {'; '.join(above)}" if above else ""),
         "label": f"{title} against the tokens trained",
         "axis": ("tokens", ""),
         "top": 10,

@@ -210,7 +210,7 @@ def plot_healing(found: Sequence[Mapping[str, Any]], folder: str | Path, model: 
     """Draw the healings of a model, one line each: the training loss and the held-out loss against the tokens trained.
 
     found: as `layerprune.curve.healings` gives them. Where the held-out loss was measured it has a panel of its own, with the
-    normalised losses of the whole model and of each cut before its healing as horizontal lines.
+    normalised losses of the whole model, and of each cut before and after its healing, as horizontal lines.
 
     Writes healing as PNG and SVG; returns the files, none where nothing was trained.
     """
@@ -223,8 +223,8 @@ def plot_healing(found: Sequence[Mapping[str, Any]], folder: str | Path, model: 
 
 def _healing_figure(drawn: Sequence[Mapping[str, Any]], title: str) -> Any:
     held = [one for one in drawn if held_out_losses(one)]
-    if any(number(one[key]) is not None for one in held for key in ("whole", "cut")):
-        title += "\npoints: in NF4, on some of the held-out documents; horizontal lines: as written, on all"
+    if any(number(one[key]) is not None for one in held for key in ("whole", "cut", "healed")):
+        title += "\npoints: in NF4, on some held-out documents; horizontal lines: as written, on all that losses are measured on"
     figure, panels, hole = grid(1 + bool(held), title)
     _trained_panel(panels[0], drawn)
     if held:
@@ -263,6 +263,12 @@ def _held_out_panel(axes: Any, drawn: Sequence[Mapping[str, Any]], held: Sequenc
         if before is not None:
             axes.axhline(before, color=style["color"], ls=(0, (1, 1.5)), lw=1.1, zorder=1.5, gid="before")
             seen.append(before)
+        after = number(one["healed"])
+        if after is not None:
+            axes.axhline(after, color=style["color"], ls="-.", lw=1.1, zorder=1.5, gid="after")
+            seen.append(after)
+    if any(number(one["healed"]) is not None for one in held):
+        axes.plot([], [], color=GREY, ls="-.", lw=1.1, label="the healed checkpoint")
     if any(number(one["cut"]) is not None for one in held):
         axes.plot([], [], color=GREY, ls=(0, (1, 1.5)), lw=1.1, label="the cut before healing")
     whole = number(held[0]["whole"])

@@ -161,18 +161,23 @@ class Stages:
             ranking=ranking if strategy == "angular" else None,
             seed=setup.seed,
             trust_remote_code=setup.trust_remote_code,
-            verify=self._may_verify(),
+            verify=self.verify,
+            too_large_for=self._too_small(),
             progress=self.progress,
             say=self.say,
         )
         for what, how in found["verified"].items():
             self.say(f"  {what}: {how}")
 
-    def _may_verify(self) -> bool | None:
-        """Whether the cut's logits are proven; not where the source is streamed, for the proof loads it as a whole."""
-        if self.verify is None and self.budget(self.setup.source.folder) is not None:
-            return False
-        return self.verify
+    def _too_small(self) -> str | None:
+        """The memory that the source is streamed for, in words: a proof of the cut's logits would load it as a whole."""
+        if self.verify is not None:
+            return None
+        budget, setup = self.budget(self.setup.source.folder), self.setup
+        if budget is None:
+            return None
+        option, given = ("--ram", setup.ram) if budget.memory is None else ("--memory", setup.memory)
+        return "the free memory" if given is None else option
 
     def check_healing(self, dropped: int | None) -> None:
         """Refuse what healing a cut of so many layers would refuse (the architecture, the targets, the data, the memory), before

@@ -7,18 +7,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from layerprune.model.errors import Stopped
 from layerprune.model.files import must_not_exist, new_folder, write_json
 from layerprune.model.source import ModelSource
 
 
 def rank(model: str | Path, out: str | Path | None = None, **settings: Any) -> dict[str, Any]:
-    """`rank_blocks`, written to a new folder as rank.json and figures/; returns the ranking with `folder`."""
+    """`rank_blocks`, written to a new folder as rank.json and figures/; returns the ranking with `folder`.
+
+    Raises Stopped for a Ctrl-C in a pass that the same call goes on with.
+    """
     from layerprune.distances import plot_distances
     from layerprune.prune.rank import rank_blocks
 
     label, folder = _label(model), default_folder(out, model, "rank")
     keep = folder.absolute().parent / f".{folder.name}.pass"  # the folder itself is there only when it is whole
-    ranking = rank_blocks(model, keep=keep, **settings)
+    try:
+        ranking = rank_blocks(model, keep=keep, **settings)
+    except KeyboardInterrupt:
+        if (keep / "rank.safetensors").exists():  # only a pass over the files leaves it
+            raise Stopped("the same command goes on with what is done") from None
+        raise
     with new_folder(folder) as made:
         write_json(made / "rank.json", ranking)
         plot_distances(ranking, made / "figures", label)

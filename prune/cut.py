@@ -86,6 +86,7 @@ def prune_checkpoint(
     device: str | None = None,
     trust_remote_code: bool = False,
     verify: bool | None = None,
+    too_large_for: str | None = None,
     dry_run: bool = False,
     progress: bool = False,
     say: Say = lambda line: print(line, file=sys.stderr),
@@ -99,7 +100,8 @@ def prune_checkpoint(
 
     Bytes are copied, never decoded. Before the folder appears, structure (transformers' own loader on the meta
     device) and bytes are always proven, and logits against the virtually cut source where both fit in memory;
-    verify=True proves logits in any case, verify=False never. dry_run: only plan (`out` may be None).
+    verify=True proves logits in any case, verify=False never. too_large_for: the memory, in words, that the caller found too
+    small for the source, so that its logits are not proven unless verify=True. dry_run: only plan (`out` may be None).
     Returns the content of layerprune.json and the plan ("renamed", "dropped_tensors"); `verified` says what was
     proven. Raises UsageError and Refused; nothing is left at `out` then.
     """
@@ -143,7 +145,7 @@ def prune_checkpoint(
         verified: dict[str, str] = {}
     else:
         assert out is not None
-        verified = write_cut(cut, Path(out), record, verify, trust_remote_code, progress)
+        verified = write_cut(cut, Path(out), record, verify, trust_remote_code, progress, too_large_for)
         if verify is None and verified["logits"].startswith("skipped"):
             say(f"warning: the logits of the cut are not proven: {verified['logits']}")
     return {
@@ -197,8 +199,9 @@ def cut_record(cut: Cut) -> dict[str, Any]:
 
 
 def write_cut(
-    cut: Cut, out: Path, record: dict[str, Any], verify: bool | None, trust_remote_code: bool, progress: bool
-) -> dict[str, str]:
+    cut: Cut, out: Path, record: dict[str, Any], verify: bool | None, trust_remote_code: bool, progress: bool,
+    too_large_for: str | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Write, prove and publish a planned cut; returns what was proven and how."""
     from layerprune.model.progress import progress_bar
     from layerprune.model.verify import prove_bytes, prove_structure
@@ -220,7 +223,7 @@ def write_cut(
         with _timed(seconds, "bytes"), progress_bar(cut.bytes, "compare", "B", progress) as bar:
             prove_bytes(cut.stored, folder, cut.plan.renamed, bar.update)
         with _timed(seconds, "logits"):
-            logits = _prove_logits(cut, folder, verify, trust_remote_code, progress)
+            logits = _prove_logits(cut, folder, verify, trust_remote_code, progress, too_large_for)
         verified = {
             "structure": "proven: transformers finds every key, and every layer is built as in the source",
             "bytes": "proven: every tensor that stays is the source's",
@@ -239,11 +242,15 @@ def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
     seconds[what] = round(time.perf_counter() - started, 3)
 
 
-def _prove_logits(cut: Cut, folder: Path, verify: bool | None, trust_remote_code: bool, progress: bool) -> str:
+def _prove_logits(
+    cut: Cut, folder: Path, verify: bool | None, trust_remote_code: bool, progress: bool, too_large_for: str | None
+) -> str:
     from layerprune.model.verify import NotComputable, logits_check_dtype, prove_logits
 
     if verify is False:
         return "skipped (asked for)"
+    if verify is None and too_large_for is not None:
+        return f"skipped (the model does not fit in {too_large_for})"
     dtype = logits_check_dtype(cut.stored)
     if dtype is None:
         if not verify:

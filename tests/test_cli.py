@@ -163,3 +163,49 @@ def test_check_prints_what_a_run_needs() -> None:
     assert found.exit_code == 0
     assert "drops 32 layers and keeps 48" in found.stdout
     assert json.loads(CliRunner().invoke(main, ["check", "llama-2-70b", "--json"]).stdout)["dropped"] == 32
+
+
+def stopped(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+GOES_ON = "Stopped: the same command goes on with what is done"
+MODEL = ["--model", "nowhere"]
+INTERRUPTED = {
+    "run": ("pipeline.run", [*MODEL, "--drop", "0.5"], GOES_ON),
+    "sweep": ("sweeping.sweep", MODEL, GOES_ON),
+    "find": ("search.find", MODEL, GOES_ON),
+    "heal": ("heal.train.heal_checkpoint", [*MODEL, "--bridge", "map"], GOES_ON),
+    "heal without training": ("heal.train.heal_checkpoint", [*MODEL, "--bridge", "map", "--heal-steps", "0"], "Stopped"),
+    "depth": ("depths.probe_depth", MODEL, GOES_ON),
+    "route search": ("routing.search_routing", MODEL, GOES_ON),
+    "route train": ("routing.train_routing", ["--search", "nowhere"], GOES_ON),
+    "route eval": ("route_use.evaluate_routing", [*MODEL, "--routers", "nowhere"], GOES_ON),
+    "route bake": ("route_bake.bake_routing", [*MODEL, "--routers", "nowhere"], "Stopped"),
+    "eval": ("eval.evaluate.evaluate_checkpoint", MODEL, "Stopped"),
+    "prune": ("prune.cut.prune_checkpoint", [*MODEL, "--drop", "0.5"], "Stopped"),
+}
+
+
+@pytest.mark.parametrize("command", INTERRUPTED)
+def test_ctrl_c_says_whether_the_command_goes_on(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    function, given, told = INTERRUPTED[command]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"layerprune.{function}", stopped)
+    found = CliRunner().invoke(main, [*command.partition(" without")[0].split(), *given])
+    assert (found.exit_code, found.stdout, found.stderr) == (130, "", told + "\n")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stopped_ranking_goes_on_only_where_its_pass_was_kept(
+    streamed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def rank_blocks(model: str, keep: Path, **settings: object) -> None:
+        if streamed:
+            keep.mkdir()
+            (keep / "rank.safetensors").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("layerprune.prune.rank.rank_blocks", rank_blocks)
+    found = CliRunner().invoke(main, ["rank", *MODEL, "--out", str(tmp_path / "out")])
+    assert (found.exit_code, found.stderr) == (130, (GOES_ON if streamed else "Stopped") + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layerprune.heal import quantise, trainer, watch
 from layerprune.heal.checks import check_reports
@@ -520,11 +521,11 @@ def test_a_bridge_alone_is_told_and_leaves_the_held_out_documents(
     from layerprune.heal.packing import validation_documents
     from layerprune.model.data import document_hash
 
-    used: list[str] = []
+    used: list[list[str]] = []
     read = bridge.tokenise
 
     def seen(tokenizer: Any, texts: list[str], *args: Any, **kwargs: Any) -> Any:
-        used.extend(texts)
+        used.append(list(texts))
         return read(tokenizer, texts, *args, **kwargs)
 
     monkeypatch.setattr(bridge, "tokenise", seen)
@@ -533,8 +534,45 @@ def test_a_bridge_alone_is_told_and_leaves_the_held_out_documents(
     result = heal_checkpoint(cut_pair, tmp_path / "bridged", bridge="map", steps=0, **more)
     said += format_healing(result, str(tmp_path / "bridged")).splitlines()
     assert sum("bridge over layers" in line for line in said) == 1, "not on stderr and in the result"
-    held = set(map(document_hash, validation_documents(None, data, 32, 0)))
-    assert held and used and not held & set(map(document_hash, used))
+    documents = validation_documents(None, data, 32, 0)
+    fitted, measured = used
+    assert documents and fitted and not set(map(document_hash, documents)) & set(map(document_hash, fitted))
+    assert measured == documents and result["loss"]["documents"] == len(documents)
+    loss = result["loss"]
+    for folder, told in ((cut_pair, loss["cut"]), (tmp_path / "bridged", loss["bridged"])):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer, nats, tokens = AutoTokenizer.from_pretrained(folder), 0.0, 0
+        for text in documents:
+            ids = torch.tensor([tokenizer(text)["input_ids"][:32]])
+            with torch.no_grad():
+                nats += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            tokens += ids.shape[1] - 1
+        assert told == pytest.approx(nats / tokens / math.log(model.config.vocab_size), rel=1e-5)
+    assert json.loads((tmp_path / "bridged" / "layerprune.json").read_text())["bridge"]["loss"] == loss
+    card = " ".join((tmp_path / "bridged" / "README.md").read_text().split())
+    assert f"it was not fitted on: {loss['cut']:.4f} without it, {loss['bridged']:.4f} with it." in card
+    assert sum(line.startswith(f"held-out loss {loss['cut']:.4f} -> {loss['bridged']:.4f} (normalised") for line in said) == 1
+    (user,) = (line for part in said for line in part.splitlines() if line.startswith("  user: "))
+    assert ", steps 0, " in user
+
+
+def test_a_bridge_that_makes_the_loss_worse_says_so() -> None:
+    from layerprune.heal.bridge import format_bridges
+
+    loss = {"cut": 0.5, "bridged": 0.6, "documents": 9}
+    worse = "held-out loss 0.5000 -> 0.6000 (normalised, 9 documents): worse than the cut without the bridge"
+    assert format_bridges({"bridges": [], "loss": loss}) == [worse]
+    better = format_bridges({"bridges": [], "loss": {**loss, "bridged": 0.4}})
+    assert better == ["held-out loss 0.5000 -> 0.4000 (normalised, 9 documents)"] and format_bridges({"bridges": []}) == []
+
+
+def test_a_bridge_is_told_before_its_copy_is_made(cut_pair: Path, data: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    more: dict[str, Any] = {"data": data, "length": 32, "device": "cpu", "report": said.append}
+    heal_checkpoint(cut_pair, tmp_path / "out", bridge="map", steps=0, nf4_copy=True, validation_samples=0, **more)
+    at = said.index("quantising a copy")
+    assert said[at - 1].startswith("bridge over layers") and (tmp_path / "out-nf4").is_dir()
+    assert "loss" not in json.loads((tmp_path / "out" / "layerprune.json").read_text())["bridge"]
 
 
 def test_an_adapter_trained_on_a_bridge_comes_with_its_tensors(cut_pair: Path, data: str, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def healing(first: float = 0.4, **settings: Any) -> dict[str, Any]:
         "device": "cuda", "processes": 1, "documents_apart": True, "steps": STEPS, "tokens": TOKENS, "documents": 900, "epochs": 1,
         "memory": {"micro_batch": 4, "recomputed": 3, "decoded": 5, "compiled": True, "estimate": 3 << 30, "seconds": 1.0,
                    "peak": 5 << 29},
-        "order": "ef" * 32, "validation": {"documents": 128, "hash": "cd" * 32, "left_out": 1234},
+        "order": "ef" * 32, "validation": {"documents": 128, "hash": "cd" * 32, "left_out": 1234, "measured": 32},
         "modules": ["mlp.up", "mlp.down"],
         "losses": {"first": losses[0][1], "last": losses[-1][1], "curve": losses}, "seconds": {"train": 400.0, "merge": 2.0},
         "held_out": [[step, first * (1 - step / 2 / STEPS)] for step in range(0, STEPS + 1, 40)], "versions": {"layerprune": "1.2"},
@@ -156,6 +156,7 @@ def test_every_healing_has_a_line_and_the_cut_and_the_whole_model_theirs(tmp_pat
     held = named(right, "held-out")
     assert [list(zip(*line.get_data(), strict=True)) for line in held] == [held_out_losses(one) for one in found]
     assert [line.get_ydata()[0] for line in named(right, "before")] == [one["cut"] for one in found]
+    assert [line.get_ydata()[0] for line in named(right, "after")] == [one["healed"] for one in found]
     assert [line.get_ydata()[0] for line in named(right, "whole")] == [found[0]["whole"]]
     assert [line.get_marker() for line in held] == ["o", "o", "s"] and len({line.get_color() for line in held}) == 3
     assert [line.get_color() for line in named(right, "before")] == [line.get_color() for line in held]
@@ -280,6 +281,36 @@ def test_a_cut_far_above_is_said_and_not_drawn(tmp_path: Path) -> None:
     write_json(folder / "curve.json", curve)
     html = section(page(folder))
     assert "above the picture: the cut, 7.25 with n\u00a0=\u00a08" in html and html.count('class="before" d="M44') == 2
+
+
+def test_the_healed_checkpoints_have_lines_where_the_curve_has_their_losses(tmp_path: Path) -> None:
+    folder = swept(tmp_path / "a")
+    html = section(page(folder)).partition('data-panel="3"')[2]
+    drawn = [float(y) for y in re.findall(r'class="after" d="M44 ([\d.]+)H426"', html)]
+    marks = [(float(y) - 4, float(text)) for y, text in re.findall(r'x="38" y="([\d.]+)" text-anchor="end">([\d.]+)<', html)]
+    (bottom, low), (top, high) = marks[0], marks[-1]
+    expected = [bottom + (one["healed"] - low) / (high - low) * (top - bottom) for one in found_in(folder)]
+    assert drawn == pytest.approx(expected, abs=0.2) and len(drawn) == 3
+    assert "the healed checkpoint, as written" in section(page(folder))
+    curve = read_json(folder / "curve.json")
+    write_json(folder / "curve.json", {**curve, "rows": [row for row in curve["rows"] if not row["healed"]]})
+    html = section(page(folder))
+    assert 'class="after"' not in html and "the healed checkpoint, as written" not in html
+
+
+def test_the_caption_tells_documents_and_weights_of_every_number(tmp_path: Path) -> None:
+    folder = swept(tmp_path / "a")
+    html = section(page(folder))
+    assert "32 of the 128 held-out documents of eval.jsonl, with the weights in NF4" in html
+    assert "the checkpoints as written: up to 128 documents of my data.jsonl" in html and "are not those of the horizontal" in html
+    same = swept(tmp_path / "b", [healing(validation="my data.jsonl")] * 3)
+    assert "of the 128 held-out documents of my data.jsonl," in section(page(same))
+    assert "are not those of the horizontal" not in section(page(same))
+    other = healing(validation="my data.jsonl")
+    other["validation"] = {**other["validation"], "measured": 31}
+    html = section(page(swept(tmp_path / "c", [healing(validation="my data.jsonl"), other, healing(validation=None)])))
+    assert "some of the 128 held-out documents of my data.jsonl and the training data" in html
+    assert "are not those of the horizontal" in html
 
 
 @pytest.fixture(scope="module")

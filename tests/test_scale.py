@@ -109,6 +109,8 @@ def test_check_says_that_healing_does_not_fit_though_the_rest_is_streamed() -> N
 def test_check_names_every_step_that_does_not_fit() -> None:
     text = format_check(check_recipe_file("llama-2-70b", memory="4GiB"))
     assert "but ranking, the loss and healing do not fit in the memory" in text.splitlines()[0]
+    marked = [line.split()[0] for line in text.splitlines() if line.endswith("  does not fit")]
+    assert marked == ["rank", "heal", "loss"]
     fits = check_recipe_file("llama-2-7b", memory="16GiB")  # loaded whole, and healed
     assert fits["streamed"] == [] and fits["too_large"] == []
     small = check_recipe_file("llama-2-7b", drop=0.05, memory="5GB")
@@ -149,3 +151,19 @@ def test_the_memory_that_a_refusal_asks_for_is_enough_and_hardly_more() -> None:
         else:
             pytest.fail(f"{memory} and {ram} were to be enough")
     assert refused > 100
+
+
+def test_check_says_the_limit_in_the_unit_that_was_given_too() -> None:
+    for memory, told in (
+        ("24GiB", "the 26 GB (24GiB) of --memory"),
+        ("24 GB", "the 24 GB of --memory"),
+        (24 << 30, "the 26 GB of"),
+    ):
+        assert told in check_recipe_file("llama-2-70b", memory=memory)["healing_verdict"]
+    on_cpu = check_recipe_file("llama-2-70b", device="cpu", ram="16GiB")
+    assert "the 17 GB (16GiB) of --ram" in on_cpu["healing_verdict"]
+
+
+def test_a_row_that_is_streamed_or_fits_is_not_marked() -> None:
+    lines = format_check(check_recipe_file("llama-2-70b", memory="24GB")).splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("  does not fit")] == ["heal"]
