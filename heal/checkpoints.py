@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from layerprune.model.files import write_json
+from layerprune.model.files import read_json, write_json
 
 MARK = "whole.json"
 """Written into a Trainer checkpoint after everything else: one without it was cut short."""
@@ -13,14 +13,24 @@ MARK = "whole.json"
 
 def mark(folder: Path, step: int, seconds: float) -> None:
     """Say that a checkpoint is whole; seconds: of training up to it."""
-    write_json(folder / MARK, {"step": step, "seconds": seconds})
+    # other processes write their random states when they please
+    files = {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file() and not f.name.startswith("rng_state")}
+    write_json(folder / MARK, {"step": step, "seconds": seconds, "files": files})
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was marked, and its files are those of then."""
+    if not (folder / MARK).exists():
+        return False
+    files = read_json(folder / MARK).get("files", {})
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
 
 
 def newest_checkpoint(work: Path, remove: bool = True) -> Path | None:
-    """The newest Trainer checkpoint in `work` that was written to its end; the others are removed where `remove`."""
+    """The newest Trainer checkpoint in `work` that was written to its end, and has the files of then; others go where `remove`."""
     found = []
     for folder in work.glob("checkpoint-*"):
-        if (folder / MARK).exists():
+        if _is_whole(folder):
             found.append(folder)
         elif remove:
             shutil.rmtree(folder, ignore_errors=True)

@@ -93,8 +93,8 @@ def _healing_verdict(need: float, device: str, limits: _Limits) -> str:
         need += PROCESS_BYTES
     elif limits.ram < PROCESS_BYTES:
         return (
-            f"Healing does not fit: Python, torch and transformers alone take {size(PROCESS_BYTES)} of the host's memory, more than "
-            f"the {size(limits.ram)} of --ram."
+            f"Healing does not fit: Python, torch and transformers alone take {size(PROCESS_BYTES)} of the host's memory, more "
+            f"than the {size(limits.ram)} of --ram."
         )
     if need <= limits.healing:
         return ""

@@ -314,3 +314,15 @@ def test_a_held_out_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     state = SimpleNamespace(global_step=0, max_steps=10, log_history=[])
     with pytest.raises(Refused, match="held-out loss is not a number at step 0 of 10: look at the weights"):
         watch.on_train_begin(None, state, None)
+
+
+def test_a_checkpoint_that_lost_a_file_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors").write_bytes(b"weights")
+        mark(tmp_path / f"checkpoint-{step}", step, 1.0)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    (tmp_path / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"weig")
+    assert newest_checkpoint(tmp_path, remove=False) == tmp_path / "checkpoint-2"
+    (tmp_path / "checkpoint-2" / "adapter_model.safetensors").unlink()
+    assert newest_checkpoint(tmp_path) is None and not list(tmp_path.glob("checkpoint-*"))
