@@ -71,7 +71,7 @@ def main() -> None:
     """Make large language models shallower.
 
     `run` does everything for one fraction of layers; the other commands are its steps. Results go to stdout, progress
-    to stderr. Exit codes: 2 for wrong usage, 1 for everything refused.
+    to stderr. Exit codes: 2 for wrong usage, 1 for everything refused, 130 for Ctrl-C.
     """
 
 
