@@ -90,7 +90,8 @@ def format_collapse(found: Mapping[str, Any]) -> list[str]:
         if loss and loss["to_n"] is not None:
             past = f", passes 1 at n = {loss['above_one']}" if loss["above_one"] is not None else ""
             parts.append(f"loss rises most from n = {loss['from_n']} to {loss['to_n']}{past}")
-        lines.append(f"{name}: " + "; ".join(parts))
+        if parts:
+            lines.append(f"{name}: " + "; ".join(parts))
         if not without:  # else it is said once, below
             lines.append(f"  {one['recommendation']['why']}")
         if one.get("not_counted"):
@@ -98,7 +99,8 @@ def format_collapse(found: Mapping[str, Any]) -> list[str]:
     best = found["verdict"]
     if best is not None:
         why = best["why"].removesuffix(".") + "; give --tasks A,B to measure some." if without else best["why"]
-        lines += ["", _by_loss(why, found) if best["status"] == "no task above chance" else _advice(best, found["keep"])]
+        lines += [""] if lines else []
+        lines += [_by_loss(why, found) if best["status"] == "no task above chance" else _advice(best, found["keep"])]
     return lines
 
 
