@@ -123,7 +123,7 @@ def refuse_ram(ram: int | None, numbers: int, processes: int = 1) -> None:
 
 
 def _too_little(ram: int, held: int, processes: int) -> str:
-    shared = f", shared by {processes} processes," if processes > 1 else ""
+    shared = f", shared by {processes} processes" if processes > 1 else ""
     given = math.floor(100 * ram / GIB) / 100  # what is needed is rounded up
     return f"healing does not fit in --ram {given:.2f}GiB{shared}: the process and the model take {held / GIB:.2f} GiB"
 

@@ -433,7 +433,7 @@ def test_a_refusal_names_the_ram_that_was_given_and_the_least_that_is_enough() -
         with pytest.raises(Refused) as refusal:
             plan_on_cpu(student, [1, 2], 4, given // processes - held, saved, held, given, processes)
         told = str(refusal.value)
-        assert f"does not fit in --ram {processes * 720 / 1024:.2f}GiB" in told and "take 0.68 GiB, a step 0.0" in told
+        assert f"does not fit in --ram {int(processes * 72000 / 1024) / 100:.2f}GiB" in told and "take 0.68 GiB, a step 0.0" in told
         assert ("shared by 2 processes" in told) == (processes == 2)
         enough = byte_count(told.partition("give at least ")[2].partition(",")[0], "--ram")
         assert enough is not None and 0 <= enough - processes * least < GIB / 100, "rounded up"
@@ -446,7 +446,7 @@ def test_ram_that_the_model_alone_does_not_fit_in_is_refused() -> None:
     least = PROCESS_BYTES + numbers // 2
     refuse_ram(None, numbers)
     refuse_ram(least, numbers)
-    with pytest.raises(Refused, match=r"--ram 0.81GiB: the process and the model take 0.81 GiB alone, .* more than 0.81GiB"):
+    with pytest.raises(Refused, match=r"--ram 0.80GiB: the process and the model take 0.81 GiB alone, .* more than 0.81GiB"):
         refuse_ram(least - 1, numbers)
     with pytest.raises(Refused, match="shared by 2 processes"):
         refuse_ram(2 * least - 1, numbers, 2)
