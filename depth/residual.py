@@ -159,12 +159,12 @@ def _sums(pairs: list[tuple[torch.Tensor, torch.Tensor]], mask_N1: torch.Tensor 
     return torch.stack(cosines + sizes)
 
 
-def _squares(x: torch.Tensor, y: torch.Tensor, added: torch.Tensor, mask_N1: torch.Tensor | None) -> torch.Tensor:
-    """Sums over real tokens of |u - added|^2, 1 and |u|^2, with u = y - x, in units of the larger of |x| and |y|."""
+def _squares(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, m: torch.Tensor, mask_N1: torch.Tensor | None) -> torch.Tensor:
+    """Sums over real tokens of |u - a - m|^2, 1 and |u|^2, with u = y - x, in units of the larger of |x| and |y|."""
     kind = torch.promote_types(x.dtype, torch.float32)
     start, end = x.to(kind), y.to(kind)
     update = end - start
-    error, at, to, size = ((v * v).sum(-1, keepdim=True) for v in (update - added, start, end, update))
+    error, at, to, size = ((v * v).sum(-1, keepdim=True) for v in (update - (a.to(kind) + m.to(kind)), start, end, update))
     unit = torch.maximum(at, to).clamp(min=1e-30)
     both = (error / unit, torch.ones_like(unit), size / unit)
     return torch.stack([(v if mask_N1 is None else v * mask_N1).sum().float() for v in both])
@@ -173,15 +173,13 @@ def _squares(x: torch.Tensor, y: torch.Tensor, added: torch.Tensor, mask_N1: tor
 def _layer_sequential(
     x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, m: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    kind = torch.promote_types(x.dtype, torch.float32)
     sums = _sums([(a, x), (m, x.float() + a.float()), (y.float() - x.float(), x)], mask)
-    return torch.cat([sums, _squares(x, y, a.to(kind) + m.to(kind), mask)])
+    return torch.cat([sums, _squares(x, y, a, m, mask)])
 
 
 def _layer_parallel(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, m: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    kind = torch.promote_types(x.dtype, torch.float32)
     sums = _sums([(a, x), (m, x), (y.float() - x.float(), x)], mask)
-    return torch.cat([sums, _squares(x, y, a.to(kind) + m.to(kind), mask)])
+    return torch.cat([sums, _squares(x, y, a, m, mask)])
 
 
 def _layer_alone(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

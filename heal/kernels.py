@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,20 +89,20 @@ def kernels_in_use(
     """Train with other kernels inside the block, proven on one sequence to give the loss and gradients that the model's own give.
 
     kernels: None for the model's own. row: input_ids, labels and maybe position_ids of a sequence, (tokens,). Yields a
-    function that proves it once more as the student is set up by then, with that many copies of the row: for a plan's compiled
-    layers. Raises Refused where the two differ, or the kernels do not run.
+    function that proves it once more as the student is set up by then, with that many copies of the row. Raises Refused where
+    the two differ, or the kernels do not run.
     """
     if kernels is None:
         yield lambda rows: None
         return
     layers = trained_layers(student)
     short = {key: value[:_TOKENS] for key, value in row.items()}
-    with _set(student, frozenset(layers), False):  # computed again, which takes least
+    with _again(student, layers):  # computed again, which takes least
         plain, plain_short = (one_step(student, one, 1, compute) for one in (row, short))
     with contextlib.ExitStack() as stack:
         with _told(student):
             stack.enter_context(patched(student.decoder.model))
-        with _set(student, frozenset(layers[::2]), False), _told(student):
+        with _again(student, layers[::2]), _told(student):
             found = one_step(student, short, 1, compute)
         say(f"liger's kernels: {_apart(plain_short, found, student)}")
 
@@ -115,9 +115,10 @@ def kernels_in_use(
 
 
 @contextlib.contextmanager
-def _set(student: Student, recomputed: frozenset[int], compiled: bool) -> Iterator[None]:
+def _again(student: Student, layers: Sequence[int]) -> Iterator[None]:
+    """These layers are computed again in the backward pass, and none is compiled."""
     before = student.recomputed, student.compiled
-    student.recomputed, student.compiled = recomputed, compiled
+    student.recomputed, student.compiled = frozenset(layers), False
     try:
         yield
     finally:

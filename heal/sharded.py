@@ -16,7 +16,7 @@ from torch import nn
 
 ADAPTER = "adapter.safetensors"
 """The adapter in a Trainer checkpoint, by the names of the model without wrappers."""
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def gather_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -55,6 +55,4 @@ def _whole(model: nn.Module, write: bool) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _plain(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "").removesuffix(f".{wrapper[:-1]}").removesuffix(wrapper[:-1])
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
